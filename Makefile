@@ -1,0 +1,74 @@
+# One command for each habit; CONTRIBUTING.md says when to use which.
+# Another environment than .venv: make test VENV=/path/to/venv
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+ASAN_VENV := build/asan/venv
+
+.PHONY: setup rebuild test test-isa format lint typecheck check bench neighbour \
+	test-cpp test-asan test-neon tidy clean
+
+setup: ## the environment, the build tools and an editable install that rebuilds on import
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	pip install "scikit-build-core>=0.11" "pybind11>=3" "cmake>=3.24" "ninja>=1.11"
+	pip install --no-build-isolation -e ".[dev]" -Cbuild-dir=build/editable \
+		-Ceditable.rebuild=true -Ceditable.verbose=false -Cinstall.strip=false
+
+rebuild: ## compile what changed now (an import would do the same)
+	cmake --build build/editable
+	cmake --install build/editable --prefix build/editable/install/platlib
+
+test: ## the whole suite
+	pytest
+
+test-isa: ## one instruction set: make test-isa ISA=avx2
+	FUSEDATTN_ISA=$(ISA) pytest
+
+format: ## rewrite Python and C++ in the house style
+	ruff format .
+	ruff check --fix .
+	clang-format -i $(CXX_FILES)
+
+lint: ## the same, only looking
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CXX_FILES)
+
+typecheck: ## types of the package, the tests and the stub of the extension
+	mypy
+	python -m mypy.stubtest fusedattn._core
+
+check: lint typecheck test ## what continuous integration asks first
+
+bench: ## the table of docs/benchmarks.md
+	fusedattn bench
+
+neighbour: ## attention and np.matmul sharing the cores
+	fusedattn bench --neighbour
+
+test-cpp: ## the kernel tables without Python
+	cmake --preset debug -DFUSEDATTN_PYTHON=OFF
+	cmake --build --preset debug
+	ctest --preset debug
+
+test-asan: ## the suite under AddressSanitizer, in an environment of its own
+	test -x $(ASAN_VENV)/bin/python || python3 -m venv $(ASAN_VENV)
+	$(ASAN_VENV)/bin/pip install ".[test]" -Ccmake.args=--preset=asan \
+		-Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" \
+		$(ASAN_VENV)/bin/python -m pytest -p no:cacheprovider
+
+test-neon: ## the kernel tables on 64-bit Arm, emulated
+	cmake --preset aarch64
+	cmake --build --preset aarch64
+	ctest --preset aarch64
+
+tidy: ## clang-tidy over the C++ sources
+	cmake --preset clang-tidy
+	cmake --build --preset clang-tidy --clean-first
+
+clean:
+	rm -rf build
