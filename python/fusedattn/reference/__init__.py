@@ -1,0 +1,228 @@
+"""The oracle: every rule of attention, forward and backward, in plain NumPy and float64.
+
+It is written to be read beside the formula, not to be fast: it forms the (Sq, Sk) score matrix, so
+memory is O(B H Sq Sk), and it takes anything NumPy can turn into float64. The forward steps are
+numbered; the backward quotes them in reverse. Names, arguments and layouts are those of
+``fusedattn.attention`` and its companions; results are always float64.
+
+Dropout is not part of it yet. It checks little: shapes that do not broadcast fail in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fusedattn.reference._formula import Array, Rules, backward, forward
+
+__all__ = [
+    "AttentionGradients",
+    "Rules",
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_vjp",
+]
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients of one call; what ``need`` does not name is None.
+
+    ``dq``, ``dk`` and ``dv`` have the shapes of q, k and v; ``dbias`` that of bias, summed over
+    its broadcast axes; ``dsinks`` that of sinks.
+    """
+
+    dq: Array | None = None
+    dk: Array | None = None
+    dv: Array | None = None
+    dbias: Array | None = None
+    dsinks: Array | None = None
+
+
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    layout: str = "bhsd",
+    out: Array | None = None,
+    num_threads: int | None = None,
+    return_lse: bool = False,
+    **rules: Any,
+) -> Any:
+    """softmax(scale * q k^T, by the rules) v.
+
+    Parameters
+    ----------
+    q, k, v : (..., H, Sq, D), (..., Hkv, Sk, D), (..., Hkv, Sk, Dv)
+        Or (..., S, H, D) with ``layout="bshd"``, or (S, D) for one head. Hkv divides H; query
+        head h reads key head h // (H / Hkv).
+    layout : "bhsd" or "bshd"
+        Of q, k, v and out.
+    out : float64 (..., H, Sq, Dv), optional
+        Written to and returned, if given.
+    num_threads : int, optional
+        Unused; there for the sake of the common signature.
+    return_lse : bool
+        Also return the LSE.
+    **rules
+        The fields of `Rules`.
+
+    Returns
+    -------
+    out : float64 (..., H, Sq, Dv)
+        0 for a query that sees no key, which is one whose final logits are all -inf.
+    lse : float64 (..., H, Sq), if return_lse
+        log of the sum of exp of the final logits, the sink included; -inf if no key is seen.
+    """
+    qh, kh, vh = (_heads_first(x, layout) for x in (q, k, v))
+    result, lse = forward(qh, kh, vh, Rules(**rules))
+    result, lse = _as_given(result, layout, np.ndim(q)), lse if np.ndim(q) > 2 else lse[0]
+    if out is not None:
+        out[...] = result
+        result = out
+    return (result, lse) if return_lse else result
+
+
+def attention_backward(
+    dout: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    layout: str = "bhsd",
+    dlse: ArrayLike | None = None,
+    need: Sequence[str] = ("q", "k", "v"),
+    num_threads: int | None = None,
+    **rules: Any,
+) -> AttentionGradients:
+    """Gradients of `attention` from those of its results.
+
+    Parameters
+    ----------
+    dout, q, k, v, out, lse
+        Gradient of out, then arguments and results of the forward call, in ``layout``.
+    dlse : (..., H, Sq), optional
+        Gradient of the LSE, by default 0.
+    need : some of "q", "k", "v", "bias", "sinks"
+        Which gradients to return.
+    layout, num_threads, **rules
+        As in the forward call.
+    """
+    doh, qh, kh, vh, oh = (_heads_first(x, layout) for x in (dout, q, k, v, out))
+    rows = doh.shape[:-1]
+    lse = np.asarray(lse, np.float64).reshape(rows)
+    dlse = np.zeros(rows) if dlse is None else np.asarray(dlse, np.float64).reshape(rows)
+    dq, dk, dv, dbias, dsinks = backward(doh, qh, kh, vh, oh, lse, dlse, Rules(**rules))
+    dq, dk, dv = (_as_given(x, layout, np.ndim(q)) for x in (dq, dk, dv))
+    grads = {"q": dq, "k": dk, "v": dv, "bias": dbias, "sinks": dsinks}
+    return AttentionGradients(*(x if name in need else None for name, x in grads.items()))
+
+
+def attention_vjp(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, out: Array | None = None, **options: Any
+) -> tuple[Array, Callable[..., AttentionGradients]]:
+    """The output of `attention`, and vjp(dout, need=...) -> the gradients of its inputs."""
+    result, lse = attention(q, k, v, out=out, return_lse=True, **options)
+
+    def vjp(dout: ArrayLike, need: Sequence[str] = ("q", "k", "v")) -> AttentionGradients:
+        return attention_backward(dout, q, k, v, result, lse, need=need, **options)
+
+    return result, vjp
+
+
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    num_threads: int | None = None,
+    return_lse: bool = False,
+    **rules: Any,
+) -> Any:
+    """`attention` of sequences laid end to end: sequence n is rows cu_seqlens[n] to [n + 1].
+
+    Parameters
+    ----------
+    q, k, v : (Tq, H, D), (Tk, Hkv, D), (Tk, Hkv, Dv)
+    cu_seqlens_q, cu_seqlens_k : (N + 1,) ints, ascending from 0 to Tq and Tk
+    **rules
+        The fields of `Rules` that mean the same for every sequence, and q_offset as (N,).
+
+    Returns
+    -------
+    out : float64 (Tq, H, Dv)
+    lse : float64 (H, Tq), if return_lse
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, lse = np.zeros(q.shape[:2] + v.shape[2:]), np.full(q.shape[1::-1], -np.inf)
+    for i, j, rules_n in _sequences(cu_seqlens_q, cu_seqlens_k, rules):
+        out[i], lse[:, i] = attention(q[i], k[j], v[j], layout="bshd", return_lse=True, **rules_n)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen_backward(
+    dout: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    dlse: ArrayLike | None = None,
+    need: Sequence[str] = ("q", "k", "v"),
+    num_threads: int | None = None,
+    **rules: Any,
+) -> AttentionGradients:
+    """Gradients of `attention_varlen`; dbias is not one of them."""
+    dout, q, k, v, out, lse = (np.asarray(x, np.float64) for x in (dout, q, k, v, out, lse))
+    dlse = np.zeros_like(lse) if dlse is None else np.asarray(dlse, np.float64)
+    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    dsinks = None if rules.get("sinks") is None else np.zeros(np.shape(rules["sinks"]))
+    for i, j, rules_n in _sequences(cu_seqlens_q, cu_seqlens_k, rules):
+        rows = dout[i], q[i], k[j], v[j], out[i], lse[:, i]
+        grads = attention_backward(
+            *rows, layout="bshd", dlse=dlse[:, i], need=("q", "k", "v", "sinks"), **rules_n
+        )
+        dq[i], dk[j], dv[j] = grads.dq, grads.dk, grads.dv
+        dsinks = dsinks if dsinks is None else dsinks + grads.dsinks
+    total = {"q": dq, "k": dk, "v": dv, "bias": None, "sinks": dsinks}
+    return AttentionGradients(*(x if name in need else None for name, x in total.items()))
+
+
+def _sequences(
+    cu_q: ArrayLike, cu_k: ArrayLike, rules: dict[str, Any]
+) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """For each sequence its slice of queries, its slice of keys, and its rules."""
+    cu_q, cu_k = np.asarray(cu_q), np.asarray(cu_k)
+    offsets = np.broadcast_to(rules.get("q_offset", 0), cu_q.shape[0] - 1)
+    for n, offset in enumerate(offsets):
+        queries, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        yield queries, keys, {**rules, "q_offset": offset}
+
+
+def _heads_first(x: ArrayLike, layout: str) -> Array:
+    """x as float64 (..., H, S, D)."""
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout: expected 'bhsd' or 'bshd', got {layout!r}")
+    array: Array = np.asarray(x, np.float64)
+    if array.ndim == 2:
+        return array[None]
+    return np.swapaxes(array, -2, -3) if layout == "bshd" else array
+
+
+def _as_given(x: Array, layout: str, ndim: int) -> Array:
+    """Undo `_heads_first`."""
+    if ndim == 2:
+        return np.asarray(x[0])
+    return np.ascontiguousarray(np.swapaxes(x, -2, -3)) if layout == "bshd" else x
