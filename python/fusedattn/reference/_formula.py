@@ -158,9 +158,8 @@ def _logits(q: Array, k: Array, rules: Rules) -> tuple[Array, Array, Array | flo
     if rules.segment_ids is not None:
         ids = rules.segment_ids
         q_ids, k_ids = ids if isinstance(ids, tuple) else (ids, ids)
-        allowed = allowed & (
-            np.reshape(q_ids, (*batch, 1, -1, 1)) == np.reshape(k_ids, (*batch, 1, 1, -1))
-        )
+        q_ids = np.reshape(q_ids, (*batch, 1, q.shape[-2], 1))
+        allowed = allowed & (q_ids == np.reshape(k_ids, (*batch, 1, 1, k.shape[-2])))
     s = np.where(allowed, s, -np.inf)
     # A row of nothing but -inf sees nothing, wherever they came from.
     return s, allowed & ~np.isneginf(s).all(axis=-1, keepdims=True), slope
@@ -172,10 +171,11 @@ def _sum_over_allowed(weights: Array, rows: Array, allowed: Array) -> Array:
     A matrix product would let 0 * NaN of a masked pair in, so rows that are not finite are
     taken one by one.
     """
-    finite = np.isfinite(rows).all(axis=-1, keepdims=True)
+    finite = np.asarray(np.isfinite(rows).all(axis=-1, keepdims=True))
     total = weights @ np.where(finite, rows, 0.0)
     odd = np.where(finite, 0.0, rows)
-    for j in np.flatnonzero(~finite.reshape(-1, finite.shape[-2]).all(axis=0)):
+    odd_anywhere = np.any(~finite, axis=(*range(finite.ndim - 2), -1))
+    for j in np.flatnonzero(odd_anywhere):
         at = np.s_[..., j : j + 1]
         total = total + np.where(allowed[at], weights[at] * odd[..., j : j + 1, :], 0.0)
     return total
