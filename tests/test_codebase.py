@@ -1,0 +1,206 @@
+"""The code base holds itself to account: imports, versions, stub, docstrings, symbols."""
+
+import ast
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fusedattn
+from fusedattn import _core
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "python" / "fusedattn"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may know whom: cli -> train -> encoder, losses, optim -> nn -> attention -> _core.
+# "" is the package's own __init__, through which the upper storeys reach attention.
+BELOW_NN = {"", "_attention", "_core"}
+MAY_IMPORT = {
+    "_core": set(),
+    "reference": set(),
+    "_attention": {"_core"},
+    "_faces": {"_attention", "_core", ""},
+    "": {"_attention", "_core", "_faces", "reference"},
+    "nn": BELOW_NN,
+    "losses": {"nn"} | BELOW_NN,
+    "optim": {"nn"} | BELOW_NN,
+    "text": {"nn"},
+    "metrics": {"nn"},
+    "encoder": {"nn", "text"} | BELOW_NN,
+    "train": {"encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
+    "bench": {"reference"} | BELOW_NN,
+    "integrations": {"train", "encoder", "losses", "optim", "text", "nn", "reference", "_faces"}
+    | BELOW_NN,
+    "cli": {"bench", "train", "encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
+}
+
+
+def dotted(path):
+    """``python/fusedattn/nn/linear.py`` -> ``nn.linear``; an ``__init__`` names its package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = PACKAGE.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists() or name == "_core"
+
+
+def imports(path):
+    """Every import of a module: ``(done when it is imported?, absolute dotted name)``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ("fusedattn." + dotted(path)).rstrip(".").split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    later = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        at_import = id(node) not in later
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield at_import, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inside = f"{base}.{alias.name}".partition(".")[2]
+                named_module = base.startswith("fusedattn") and is_module(inside)
+                yield at_import, f"{base}.{alias.name}" if named_module else base
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")
+def test_imports_point_downwards(path):
+    component = dotted(path).partition(".")[0]
+    assert component in MAY_IMPORT, f"{component} is new: say in MAY_IMPORT whom it may know"
+    for _, name in imports(path):
+        if name.partition(".")[0] == "fusedattn":
+            target = name.partition(".")[2].partition(".")[0]
+            allowed = MAY_IMPORT[component] | {component}
+            assert target in allowed, f"{dotted(path) or 'fusedattn'} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")
+def test_only_numpy_is_imported_at_module_level(path):
+    """Other packages are imported by the function that uses them, integrations included."""
+    known = set(sys.stdlib_module_names) | {"numpy", "fusedattn"}
+    foreign = {name for top, name in imports(path) if top and name.partition(".")[0] not in known}
+    assert not foreign
+
+
+def test_reference_knows_numpy_alone():
+    known = set(sys.stdlib_module_names) | {"numpy"}
+    for path in (p for p in MODULES if dotted(p).partition(".")[0] == "reference"):
+        for _, name in imports(path):
+            assert name.startswith("fusedattn.reference") or name.partition(".")[0] in known, name
+
+
+def loaded_by(statement):
+    """Top-level names in ``sys.modules`` after a statement in a fresh interpreter."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(answer.stdout.splitlines()[-1])}
+
+
+def test_import_loads_numpy_alone():
+    extra = loaded_by("import fusedattn") - loaded_by("import numpy")
+    assert extra - set(sys.stdlib_module_names) == {"fusedattn"}
+
+
+def test_info_needs_numpy_alone():
+    extra = loaded_by("from fusedattn.cli import main; main(['info'])") - loaded_by("import numpy")
+    assert extra - set(sys.stdlib_module_names) == {"fusedattn"}
+
+
+def test_versions_agree():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "([^"]+)"', pyproject, re.MULTILINE)[1]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version == fusedattn.__version__ == _core.__version__
+    assert version == metadata.version("fusedattn")
+    assert version == re.search(r"^## (\S+)", changelog, re.MULTILINE)[1]
+
+
+def test_stub_agrees_with_the_extension():
+    """Every public name is in both, every function has the arguments that its signature shows."""
+    stub = ast.parse((PACKAGE / "_core.pyi").read_text(encoding="utf-8"))
+    functions = {n.name: n for n in stub.body if isinstance(n, ast.FunctionDef)}
+    classes = {n.name for n in stub.body if isinstance(n, ast.ClassDef)}
+    values = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
+    public = {n for n in vars(_core) if not n.startswith("_")} | {"__version__"}
+    assert functions.keys() | classes | values == public
+    for name, node in functions.items():
+        signature = getattr(_core, name).__doc__.splitlines()[0]
+        shown = ast.parse(f"def {signature}: ...").body[0]
+        assert names(shown.args) == names(node.args), signature
+
+
+def names(arguments):
+    return [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")
+def test_public_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    definitions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    for node in definitions:
+        inside = node.body if isinstance(node, ast.ClassDef) else []
+        for part in [node, *(n for n in inside if isinstance(n, ast.FunctionDef))]:
+            private = part.name.startswith("_") or node.name.startswith("_")
+            if not private and not ast.get_docstring(part):
+                missing.append(part.name)
+    assert not missing
+
+
+X86 = {"x86_64": ("baseline", "avx2", "avx512"), "AMD64": ("baseline", "avx2", "avx512")}
+ARM = {"aarch64": ("baseline", "neon"), "arm64": ("baseline", "neon")}
+
+
+def weak_code(source, flags, tmp_path):
+    """Weak functions that a source defines: the linker keeps one copy, from whichever object.
+
+    Compiled without optimisation, where nothing is inlined and every such function shows.
+    """
+    obj = tmp_path / (source.stem + ".o")
+    compiler = [shutil.which("c++"), "-std=c++20", "-O0", "-w", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(obj)], check=True)
+    listing = subprocess.run(
+        ["nm", "-C", "--defined-only", str(obj)], capture_output=True, text=True, check=True
+    ).stdout
+    entries = (line.split(maxsplit=2)[1:] for line in listing.splitlines())
+    return [name for kind, name in entries if kind in "WwuI"]
+
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("c++") and shutil.which("nm")), reason="needs c++ and nm to look at symbols"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", (X86 | ARM).get(platform.machine(), ("baseline",)))
+def test_instruction_sets_share_no_code(isa, tmp_path):
+    """An old CPU must never run a std function that was compiled for AVX-512."""
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    flags = re.search(rf"^\s*fusedattn_isa\({isa}\b([^)]*)\)", cmake, re.MULTILINE)[1].split()
+    assert weak_code(ROOT / "csrc" / "isa" / f"{isa}.cpp", flags, tmp_path) == []
+
+
+@needs_compiler
+def test_weak_code_is_seen(tmp_path):
+    source = tmp_path / "leaky.cpp"
+    source.write_text("#include <algorithm>\nint f(int a, int b) { return std::max(a, b); }\n")
+    assert any("std::max" in name for name in weak_code(source, [], tmp_path))
