@@ -1,0 +1,53 @@
+"""Layers: ``y, vjp = layer(params, x, ...)`` and ``dparams, dx = vjp(dy)``.
+
+Parameters are plain nested dicts of arrays. A layer holds no state, changes neither its parameters
+nor its inputs, and computes in the dtype of its input (float32 to use it, float64 to check it).
+
+A batch is packed: its tokens lie end to end in x (T, width), and ``cu_seqlens`` (N + 1,) says where
+each of the N sequences begins and ends. No layer ever sees padding.
+
+To add a layer, add one file that defines the function of the file's name and an ``example``: the
+tests find it and check its gradients.
+"""
+
+from fusedattn.nn._tree import flatten, leaves, unflatten
+from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn.dropout import dropout
+from fusedattn.nn.embedding import embedding, init_embedding
+from fusedattn.nn.encoder_block import encoder_block, init_encoder_block
+from fusedattn.nn.feed_forward import ACTIVATIONS, feed_forward, init_feed_forward
+from fusedattn.nn.gelu import gelu
+from fusedattn.nn.gelu_tanh import gelu_tanh
+from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
+from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.mean_pool import mean_pool
+from fusedattn.nn.relu import relu
+from fusedattn.nn.self_attention import init_self_attention, self_attention
+
+__all__ = [
+    "ACTIVATIONS",
+    "VJP",
+    "Array",
+    "Params",
+    "Rng",
+    "dropout",
+    "embedding",
+    "encoder_block",
+    "feed_forward",
+    "flatten",
+    "gelu",
+    "gelu_tanh",
+    "init_embedding",
+    "init_encoder_block",
+    "init_feed_forward",
+    "init_layer_norm",
+    "init_linear",
+    "init_self_attention",
+    "layer_norm",
+    "leaves",
+    "linear",
+    "mean_pool",
+    "relu",
+    "self_attention",
+    "unflatten",
+]

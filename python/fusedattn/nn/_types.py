@@ -1,0 +1,14 @@
+"""Names for what travels between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Params: TypeAlias = dict[str, Any]  # a nested dict whose leaves are arrays
+VJP: TypeAlias = Callable[[Array], tuple[Params, Array]]  # dy -> (dparams, dx)
+Rng: TypeAlias = np.random.Generator

@@ -1,0 +1,120 @@
+"""One Transformer encoder block, post-norm (arXiv:1706.03762) or pre-norm (arXiv:2002.04745)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn.dropout import dropout
+from fusedattn.nn.feed_forward import feed_forward, init_feed_forward
+from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
+from fusedattn.nn.self_attention import init_self_attention, self_attention
+
+
+def init_encoder_block(rng: Rng, width: int, inner: int, std: float = 0.02) -> Params:
+    """``attention``, ``attention_norm``, ``feed_forward`` and ``feed_forward_norm``; float32."""
+    return {
+        "attention": init_self_attention(rng, width, std),
+        "attention_norm": init_layer_norm(width),
+        "feed_forward": init_feed_forward(rng, width, inner, std),
+        "feed_forward_norm": init_layer_norm(width),
+    }
+
+
+def encoder_block(
+    params: Params,
+    x: Array,
+    cu_seqlens: Array,
+    num_heads: int,
+    *,
+    norm_first: bool = False,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    p: float = 0.0,
+    rng: Rng | None = None,
+) -> tuple[Array, VJP]:
+    """Self-attention and a feed-forward layer, each with dropout, a residual and a layer norm.
+
+    Post-norm is ``x = norm(x + dropout(f(x)))``, pre-norm ``x = x + dropout(f(norm(x)))``.
+
+    Parameters
+    ----------
+    params : dict
+        As from `init_encoder_block`.
+    x : array (T, width)
+    cu_seqlens : int array (N + 1,)
+        Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of `x`.
+    num_heads : int
+        A divisor of width.
+    norm_first : bool, default False
+        Pre-norm instead of post-norm.
+    activation, eps
+        Of the feed-forward layer and of the layer norms.
+    p, rng
+        Dropout's probability and source; no dropout without `rng`.
+
+    Returns
+    -------
+    y : array (T, width)
+    vjp : callable
+        dy (T, width) -> (dparams, dx).
+    """
+    attention, attention_norm = params["attention"], params["attention_norm"]
+    inner, inner_norm = params["feed_forward"], params["feed_forward_norm"]
+
+    # The sums are made in place: no layer below keeps the array that it returns.
+    if norm_first:
+        n1, norm1_vjp = layer_norm(attention_norm, x, eps)
+        a, attention_vjp = self_attention(attention, n1, cu_seqlens, num_heads)
+        a, drop1_vjp = dropout({}, a, p, rng)
+        a += x
+        n2, norm2_vjp = layer_norm(inner_norm, a, eps)
+        f, inner_vjp = feed_forward(inner, n2, activation)
+        f, drop2_vjp = dropout({}, f, p, rng)
+        f += a
+        y = f
+    else:
+        a, attention_vjp = self_attention(attention, x, cu_seqlens, num_heads)
+        a, drop1_vjp = dropout({}, a, p, rng)
+        a += x
+        h, norm1_vjp = layer_norm(attention_norm, a, eps)
+        f, inner_vjp = feed_forward(inner, h, activation)
+        f, drop2_vjp = dropout({}, f, p, rng)
+        f += h
+        y, norm2_vjp = layer_norm(inner_norm, f, eps)
+
+    def pre_norm_vjp(dy: Array) -> tuple[Params, Array]:
+        dinner, dn2 = inner_vjp(drop2_vjp(dy)[1])
+        dnorm2, da = norm2_vjp(dn2)
+        da += dy
+        dattention, dn1 = attention_vjp(drop1_vjp(da)[1])
+        dnorm1, dx = norm1_vjp(dn1)
+        dx += da
+        return _gradients(dattention, dnorm1, dinner, dnorm2), dx
+
+    def post_norm_vjp(dy: Array) -> tuple[Params, Array]:
+        dnorm2, df = norm2_vjp(dy)
+        dinner, dh = inner_vjp(drop2_vjp(df)[1])
+        dh += df
+        dnorm1, da = norm1_vjp(dh)
+        dattention, dx = attention_vjp(drop1_vjp(da)[1])
+        dx += da
+        return _gradients(dattention, dnorm1, dinner, dnorm2), dx
+
+    return y, pre_norm_vjp if norm_first else post_norm_vjp
+
+
+def _gradients(attention: Params, norm1: Params, inner: Params, norm2: Params) -> Params:
+    return {
+        "attention": attention,
+        "attention_norm": norm1,
+        "feed_forward": inner,
+        "feed_forward_norm": norm2,
+    }
+
+
+def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
+    """Parameters and arguments of one small call, for the gradient check."""
+    x = rng.standard_normal((5, 4))
+    options = {"num_heads": 2, "norm_first": bool(rng.integers(2)), "p": 0.2, "rng": rng}
+    return init_encoder_block(rng, 4, 6, std=0.5), (x, np.array([0, 2, 5])), options

@@ -1,0 +1,59 @@
+"""Two linear layers with an activation between them."""
+
+from __future__ import annotations
+
+from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn.gelu import gelu
+from fusedattn.nn.gelu_tanh import gelu_tanh
+from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.relu import relu
+
+# By the names of `hidden_act` in a Hugging Face config.json.
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+}
+
+
+def init_feed_forward(rng: Rng, width: int, inner: int, std: float = 0.02) -> Params:
+    """A linear layer ``up`` from width to inner and one ``down`` back; float32."""
+    return {"up": init_linear(rng, width, inner, std), "down": init_linear(rng, inner, width, std)}
+
+
+def feed_forward(params: Params, x: Array, activation: str = "gelu") -> tuple[Array, VJP]:
+    """down(activation(up(x))), row by row.
+
+    Parameters
+    ----------
+    params : dict
+        As from `init_feed_forward`.
+    x : array (T, width)
+    activation : str, default "gelu"
+        A key of `ACTIVATIONS`.
+
+    Returns
+    -------
+    y : array (T, width)
+    vjp : callable
+        dy (T, width) -> (dparams, dx).
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    h, up_vjp = linear(params["up"], x)
+    a, activation_vjp = ACTIVATIONS[activation]({}, h)
+    y, down_vjp = linear(params["down"], a)
+
+    def vjp(dy: Array) -> tuple[Params, Array]:
+        ddown, da = down_vjp(dy)
+        _, dh = activation_vjp(da)
+        dup, dx = up_vjp(dh)
+        return {"up": dup, "down": ddown}, dx
+
+    return y, vjp
+
+
+def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
+    """Parameters and arguments of one small call, for the gradient check."""
+    return init_feed_forward(rng, 4, 6, std=0.5), (rng.standard_normal((5, 4)),), {}

@@ -1,0 +1,141 @@
+"""AdamW, learning-rate schedules and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from fusedattn.nn import Array, Params, leaves
+
+BLOCK = 1 << 15  # elements updated at a time, so that the dozen passes over them stay in the cache
+
+
+def decay_matrices(name: str, array: Array) -> bool:
+    """Whether weight decay applies: to matrices and tables, not to biases and norms."""
+    return array.ndim > 1
+
+
+class AdamW:
+    """Adam with decoupled weight decay (arXiv:1412.6980, arXiv:1711.05101), in place.
+
+    With g the gradient, t the number of the step, and m and v starting from 0::
+
+        m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g²
+        p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Parameters
+    ----------
+    params : dict
+        The nested dict of C-contiguous arrays that `step` updates.
+    betas : tuple of float, default (0.9, 0.999)
+    eps : float, default 1e-8
+    weight_decay : float, default 0.01
+    decays : callable, default `decay_matrices`
+        (dotted name, array) -> whether the weight decay applies to it.
+
+    Attributes
+    ----------
+    steps : int
+        How many steps have been taken.
+    m, v : dict
+        The two moments, arrays by dotted name.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decays: Callable[[str, Array], bool] = decay_matrices,
+    ) -> None:
+        self.params = params
+        self.betas, self.eps = betas, eps
+        self.decay = {n: weight_decay if decays(n, p) else 0.0 for n, p in leaves(params)}
+        for name, p in leaves(params):
+            if not p.flags.c_contiguous:
+                raise ValueError(f"params: expected C-contiguous arrays, {name} is not")
+        self.m = {name: np.zeros_like(p) for name, p in leaves(params)}
+        self.v = {name: np.zeros_like(p) for name, p in leaves(params)}
+        self.steps = 0
+
+    def step(self, grads: Params, learning_rate: float, scale: float = 1.0) -> None:
+        """Update the parameters, given gradients shaped like them.
+
+        Parameters
+        ----------
+        grads : dict
+            The parameters' own nesting. Left unchanged.
+        learning_rate : float
+        scale : float, default 1
+            Multiplies the gradients first, as clipping wants it.
+        """
+        self.steps += 1
+        gradients = dict(leaves(grads))
+        for name, p in leaves(self.params):
+            self._update(name, p, gradients[name], learning_rate, scale)
+
+    def _update(self, name: str, p: Array, g: Array, learning_rate: float, scale: float) -> None:
+        b1, b2 = self.betas
+        rate = learning_rate / (1.0 - b1**self.steps)
+        root = 1.0 / math.sqrt(1.0 - b2**self.steps)
+        shrink = 1.0 - learning_rate * self.decay[name]
+        flat = (p.reshape(-1), g.reshape(-1), self.m[name].reshape(-1), self.v[name].reshape(-1))
+        scratch = np.empty(min(p.size, BLOCK), p.dtype)
+        for start in range(0, p.size, BLOCK):
+            pb, gb, m, v = (a[start : start + BLOCK] for a in flat)
+            t = scratch[: len(pb)]
+            np.multiply(gb, (1.0 - b1) * scale, out=t)
+            m *= b1
+            m += t
+            np.multiply(gb, gb, out=t)
+            t *= (1.0 - b2) * scale * scale
+            v *= b2
+            v += t
+            np.sqrt(v, out=t)
+            t *= root
+            t += self.eps
+            np.divide(m, t, out=t)
+            t *= rate
+            if shrink != 1.0:
+                pb *= shrink
+            pb -= t
+
+
+def global_norm(grads: Params) -> float:
+    """The Euclidean norm of all the gradients together."""
+    flat = (g.reshape(-1) for _, g in leaves(grads))
+    return math.sqrt(sum(float(np.dot(g, g)) for g in flat))
+
+
+def clip_scale(norm: float, max_norm: float | None) -> float:
+    """What to multiply gradients of norm `norm` by, so that it is at most `max_norm`."""
+    return 1.0 if max_norm is None or norm <= max_norm else max_norm / norm
+
+
+def warmup_linear(progress: float, warmup: float) -> float:
+    """Factor of the learning rate: up from 0 to 1 over `warmup`, then down to 0 along a line.
+
+    Parameters
+    ----------
+    progress : float
+        The share of the training that is done, in [0, 1].
+    warmup : float
+        The share of the training that is warm-up, in [0, 1).
+    """
+    if progress < warmup:
+        return progress / warmup
+    return (1.0 - progress) / (1.0 - warmup)
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """Like `warmup_linear`, going down along half a cosine."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1.0 - warmup))
+
+
+SCHEDULES = {"linear": warmup_linear, "cosine": warmup_cosine}
