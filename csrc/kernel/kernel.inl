@@ -1,0 +1,33 @@
+// The one kernel source. isa/NAME.cpp sets the target (FUSEDATTN_TABLE, FUSEDATTN_VECTOR_BYTES, FUSEDATTN_REGISTERS) and
+// includes this file; all of it has internal linkage, so that code compiled for one instruction set never runs for another.
+#include "kernel/task.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fusedattn {
+namespace {
+
+#include "kernel/vec.inl"
+#include "kernel/exp.inl"
+#include "kernel/tile.inl"
+#include "kernel/move.inl"
+#include "kernel/rules.inl"
+#include "kernel/forward.inl"
+#include "kernel/backward.inl"
+#include "kernel/limits.inl"
+
+template <class T>
+constexpr Kernels kernels() {
+    return {LANES<T>, BACK_QUERIES, BACK_KEYS, forward_scratch<T>, forward<T>, delta<T>, backward_scratch<T>, backward<T>, multiply_adds<T>};
+}
+
+}  // namespace
+
+extern const KernelTable FUSEDATTN_TABLE;
+const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME, kernels<float>(), kernels<double>(), read_stream};
+
+}  // namespace fusedattn

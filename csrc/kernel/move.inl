@@ -1,0 +1,146 @@
+// Moving blocks between the user's arrays (any strides, any alignment) and the kernels' scratch.
+
+// Can rows be read and written where they are? Unit column stride, aligned elements, and no row stride that maps every row
+// to the same few cache sets (multiples of 4096 bytes cost up to a third of the speed of a tile).
+template <class T>
+FA_INLINE bool is_native(const Matrix &m) {
+    return m.col == index_t(sizeof(T)) && m.row % index_t(sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(m.data) % sizeof(T) == 0;
+}
+template <class T>
+FA_INLINE bool is_native_and_fast(const Matrix &m) {
+    return is_native<T>(m) && (m.row % 4096 != 0 || m.row == 0);
+}
+
+template <class T>
+FA_INLINE T read_element(const char *p) {
+    T x;
+    __builtin_memcpy(&x, p, sizeof(T));
+    return x;
+}
+
+template <class T>
+FA_INLINE index_t round_up(index_t n) {
+    return (n + W<T> - 1) / W<T> * W<T>;
+}
+
+// dst[r][0:ld] = src[r0 + r][0:cols] * factor, zeros beyond cols.
+template <class T>
+FA_NOINLINE void copy_rows(const Matrix &src, index_t r0, index_t rows, index_t cols, T factor, T *dst, index_t ld) {
+    const bool contiguous = src.col == index_t(sizeof(T));
+    for (index_t r = 0; r < rows; r++) {
+        const char *p = src.data + (r0 + r) * src.row;
+        T *d = dst + r * ld;
+        if (contiguous)
+            __builtin_memcpy(d, p, size_t(cols) * sizeof(T));
+        else
+            for (index_t c = 0; c < cols; c++) d[c] = read_element<T>(p + c * src.col);
+        if (factor != T(1))
+            for (index_t c = 0; c < cols; c++) d[c] *= factor;
+        for (index_t c = cols; c < ld; c++) d[c] = T(0);
+    }
+}
+
+// dst[c][r] = src[r0 + r][c] * factor for r < rows, zeros for r up to a multiple of W.
+template <class T>
+FA_NOINLINE void pack_transposed(const Matrix &src, index_t r0, index_t rows, index_t cols, T factor, T *dst, index_t ld) {
+    const bool native = is_native<T>(src);
+    const Vec<T> f = splat(factor);
+    for (index_t r = 0; r < rows; r += W<T>) {
+        const int nr = int(rows - r < W<T> ? rows - r : W<T>);
+        for (index_t c = 0; c < cols; c += W<T>) {
+            const int nc = int(cols - c < W<T> ? cols - c : W<T>);
+            const char *p = src.data + (r0 + r) * src.row + c * src.col;
+            Vec<T> t[W<T>];
+            if (native && nr == W<T> && nc == W<T>) {
+                FA_UNROLL
+                for (int i = 0; i < W<T>; i++) t[i] = load(reinterpret_cast<const T *>(p + i * src.row)) * f;
+            } else {
+                alignas(FUSEDATTN_VECTOR_BYTES) T piece[W<T> * W<T>] = {};
+                for (int i = 0; i < nr; i++)
+                    for (int j = 0; j < nc; j++) piece[i * W<T> + j] = read_element<T>(p + i * src.row + j * src.col);
+                FA_UNROLL
+                for (int i = 0; i < W<T>; i++) t[i] = load(piece + i * W<T>) * f;
+            }
+            transpose_registers<T>(t);
+            FA_UNROLL
+            for (int j = 0; j < W<T>; j++)
+                if (j < nc) store(dst + (c + j) * ld + r, t[j]);
+        }
+    }
+}
+
+// dst[r0 + r][c] = src[c][r] * factor[r] for r < rows, c < cols; src has rows up to a multiple of W.
+template <class T>
+FA_NOINLINE void unpack_transposed(const T *src, index_t ld, const T *factor, const Matrix &dst, index_t r0, index_t rows,
+                                   index_t cols) {
+    const bool native = is_native<T>(dst);
+    for (index_t r = 0; r < rows; r += W<T>) {
+        const int nr = int(rows - r < W<T> ? rows - r : W<T>);
+        const Vec<T> f = load(factor + r);
+        for (index_t c = 0; c < cols; c += W<T>) {
+            const int nc = int(cols - c < W<T> ? cols - c : W<T>);
+            Vec<T> t[W<T>] = {};
+            FA_UNROLL
+            for (int j = 0; j < W<T>; j++)
+                if (j < nc) t[j] = load(src + (c + j) * ld + r) * f;
+            transpose_registers<T>(t);
+            char *p = dst.data + (r0 + r) * dst.row + c * dst.col;
+            if (native && nr == W<T> && nc == W<T>) {
+                FA_UNROLL
+                for (int i = 0; i < W<T>; i++) store(reinterpret_cast<T *>(p + i * dst.row), t[i]);
+            } else {
+                alignas(FUSEDATTN_VECTOR_BYTES) T piece[W<T> * W<T>];
+                FA_UNROLL
+                for (int i = 0; i < W<T>; i++) store(piece + i * W<T>, t[i]);
+                for (int i = 0; i < nr; i++)
+                    for (int j = 0; j < nc; j++) __builtin_memcpy(p + i * dst.row + j * dst.col, piece + i * W<T> + j, sizeof(T));
+            }
+        }
+    }
+}
+
+// dst[r0 + r][0:cols] = src[r][0:cols] * factor
+template <class T>
+FA_NOINLINE void store_rows(const T *src, index_t ld, T factor, const Matrix &dst, index_t r0, index_t rows, index_t cols) {
+    for (index_t r = 0; r < rows; r++) {
+        char *p = dst.data + (r0 + r) * dst.row;
+        for (index_t c = 0; c < cols; c++) {
+            const T x = src[r * ld + c] * factor;
+            __builtin_memcpy(p + c * dst.col, &x, sizeof(T));
+        }
+    }
+}
+
+// Rows of a block where the micro-kernels can read them: in place if that is as good, else copied to scratch.
+template <class T>
+struct Rows {
+    const T *data;
+    index_t ld;
+};
+template <class T>
+FA_INLINE Rows<T> rows_at(const Matrix &m, index_t r0, index_t rows, index_t cols, T *scratch, index_t scratch_ld, bool in_place) {
+    if (in_place) return {reinterpret_cast<const T *>(m.data + r0 * m.row), m.row / index_t(sizeof(T))};
+    copy_rows<T>(m, r0, rows, cols, T(1), scratch, scratch_ld);
+    return {scratch, scratch_ld};
+}
+
+// Is every element finite? x * 0 is 0 for finite x and NaN otherwise.
+template <class T>
+FA_NOINLINE bool all_finite(Rows<T> m, index_t rows, index_t cols) {
+    Vec<T> zero{}, sum{};
+    for (index_t r = 0; r < rows; r++) {
+        const T *p = m.data + r * m.ld;
+        index_t c = 0;
+        for (; c + W<T> <= cols; c += W<T>) sum = fma<T>(load(p + c), zero, sum);
+        if (c < cols) sum = fma<T>(load_n(p + c, int(cols - c)), zero, sum);
+    }
+    return sum_lanes<T>(sum) == T(0);
+}
+
+// Cuts a piece of scratch off the front; pieces are aligned to a cache line.
+template <class T>
+FA_INLINE T *carve(char *&scratch, index_t elements) {
+    T *p = reinterpret_cast<T *>(scratch);
+    scratch += (elements * index_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+}

@@ -1,0 +1,85 @@
+// Plain structs that travel from the work division (attention.cpp) to the kernels (kernel/*.inl).
+// No member functions that could be inlined for one instruction set and linked for another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedattn {
+
+using index_t = std::int64_t;
+
+// Rows and columns of one head: element (r, c) lies at data + r * row + c * col (strides in bytes).
+struct Matrix {
+    char *data;
+    index_t row, col;
+};
+
+// Which keys a query may see, and what is added to its logits. Interval rules first; a dense part if need be.
+struct Rules {
+    bool is_causal;
+    index_t q_offset;   // position of query 0 among the keys
+    index_t kv_length;  // keys at and beyond it are padding; at most sk
+    Matrix mask;        // (sq, sk) of bytes, 0 = masked; data null if there is none
+    Matrix bias;        // (sq, sk) of the element type, natural-log units; data null if there is none
+};
+
+// One query head against its key/value head.
+struct ForwardHead {
+    Matrix q, k, v;  // (sq, d), (sk, d), (sk, dv)
+    Matrix out;      // (sq, dv)
+    void *lse;       // (sq), natural log, compute type
+    index_t sq, sk, d, dv;
+    double scale;
+    Rules rules;
+};
+
+// One key/value head with the `group` query heads that share it.
+struct BackwardHead {
+    Matrix k, v, dk, dv;        // dk.data, dv.data null: not needed
+    Matrix q, dout, dq, dbias;  // of the first query head; dq.data, dbias.data null: not needed
+    index_t q_head, dout_head, dq_head, dbias_head, mask_head, bias_head;  // bytes from one query head to the next
+    const void *lse2, *delta;   // (group, sq): lse * log2(e), and rowsum(dout * out)
+    index_t stat_head;          // elements from one query head to the next in lse2 and delta
+    index_t group, sq, sk, d, d_v;
+    double scale;
+    Rules rules;                // mask and bias of the first query head
+    // What several tasks add to (dq; dbias if it is broadcast) is added in a fixed order, whoever computes it: before adding to
+    // query block i of query head g, a task waits until turns[g * turn_head + i] equals its ordinal, then sets it one higher.
+    // Null: nobody else adds.
+    int *turns;
+    index_t turn_head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
+    int ordinal;
+    void (*wait_for_turn)(int *turn, int ordinal, const void *call);
+    const void *call;
+};
+
+// rowsum(dout * out) and the scaled LSE of one query head.
+struct DeltaHead {
+    Matrix out, dout;     // (sq, dv)
+    const void *lse;      // (sq)
+    void *lse2, *delta;   // (sq)
+    index_t dv;
+};
+
+// The functions of one element type.
+struct Kernels {
+    index_t query_block;   // forward: queries in the widest sub-block
+    index_t back_queries;  // backward: queries in a block, the unit of `turns`
+    index_t back_keys;     // backward: keys in a block, the unit of its tasks
+    std::size_t (*forward_scratch)(const ForwardHead &, index_t queries);
+    void (*forward)(const ForwardHead &, index_t q_begin, index_t q_end, void *scratch);
+    void (*delta)(const DeltaHead &, index_t q_begin, index_t q_end);
+    std::size_t (*backward_scratch)(const BackwardHead &);
+    void (*backward)(const BackwardHead &, index_t key_block, void *scratch);
+    double (*multiply_adds)(index_t rounds);  // runs independent multiply-adds, returns how many flops that was
+};
+
+// What one instruction set offers.
+struct KernelTable {
+    const char *name;
+    Kernels f32, f64;
+    double (*read)(const char *data, std::size_t bytes);  // plain streaming read, for the bandwidth limit
+};
+
+}  // namespace fusedattn

@@ -1,0 +1,260 @@
+// A pool of threads that sleep when they have nothing to do.
+//
+// Why not an OpenMP parallel region: libgomp's waiting threads spin, and NumPy's BLAS, called next, then fights them for the
+// cores; whoever loads libgomp first decides its waiting policy for the whole process, so an extension cannot tame it.
+// libgomp also hangs in a forked child. docs/design.md has the figures; -DFUSEDATTN_PARALLEL=openmp builds the other way.
+#include "parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#ifdef FUSEDATTN_HAVE_OPENMP
+#include <omp.h>
+#endif
+
+namespace fusedattn {
+namespace {
+
+void pause_cpu() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// One parallel loop under way.
+struct Job {
+    index_t tasks;
+    void (*body)(void *, index_t);
+    void *context;
+    Loop *loop;
+    std::atomic<index_t> next{0};
+    int wanted = 0;  // helpers still welcome (guarded by the pool's mutex)
+    std::atomic<int> helping{0};
+    std::mutex error_mutex;
+    std::exception_ptr error;
+
+    bool cancelled() const { return __atomic_load_n(&loop->cancelled, __ATOMIC_RELAXED) != 0; }
+    void cancel() { __atomic_store_n(&loop->cancelled, 1, __ATOMIC_RELAXED); }
+    bool exhausted() const { return next.load(std::memory_order_relaxed) >= tasks || cancelled(); }
+
+    // Runs tasks until none is left; `asks`: this is the calling thread, which looks for interrupts about ten times a second.
+    void work(bool asks) {
+        auto asked = std::chrono::steady_clock::now();
+        while (!cancelled()) {
+            const index_t task = next.fetch_add(1, std::memory_order_relaxed);
+            if (task >= tasks) return;
+            try {
+                body(context, task);
+            } catch (...) {
+                const std::lock_guard lock(error_mutex);
+                if (!error) error = std::current_exception();
+                cancel();
+            }
+            if (asks && loop->interrupted) {
+                const auto now = std::chrono::steady_clock::now();
+                if (now - asked > std::chrono::milliseconds(100)) {
+                    asked = now;
+                    if (loop->interrupted()) cancel();
+                }
+            }
+        }
+    }
+};
+
+#ifdef FUSEDATTN_PARALLEL_OPENMP
+
+void run(Job &job, int threads) {
+#pragma omp parallel num_threads(threads)
+    job.work(omp_get_thread_num() == 0);
+}
+
+#else
+
+class Pool {
+  public:
+    void run(Job &job, int threads) {
+        {
+            const std::lock_guard lock(mutex_);
+            job.wanted = threads - 1;
+            jobs_.push_back(&job);
+            while (started_ < threads - 1) {
+                std::thread([this] { serve(); }).detach();
+                started_++;
+            }
+        }
+        if (threads == 2)
+            wake_.notify_one();
+        else
+            wake_.notify_all();
+        job.work(true);
+        {
+            const std::lock_guard lock(mutex_);
+            jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));  // from here on nobody new can join
+        }
+        for (int spins = 0; job.helping.load(std::memory_order_acquire) != 0; spins++) {
+            if (spins < 2000)
+                pause_cpu();
+            else
+                std::this_thread::yield();
+        }
+    }
+
+  private:
+    Job *find_job() {
+        for (Job *job : jobs_)
+            if (job->wanted > 0 && !job->exhausted()) return job;
+        return nullptr;
+    }
+
+    void serve() {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            Job *job;
+            wake_.wait(lock, [&] { return (job = find_job()) != nullptr; });
+            job->wanted--;
+            job->helping.fetch_add(1, std::memory_order_relaxed);
+            lock.unlock();
+            job->work(false);
+            job->helping.fetch_sub(1, std::memory_order_release);
+            lock.lock();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<Job *> jobs_;
+    int started_ = 0;
+};
+
+// Never destroyed: its threads may outlive static destructors. A forked child has none of them, so it starts a pool anew.
+std::atomic<Pool *> the_pool{nullptr};
+
+Pool &pool() {
+    static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+    (void)at_fork;
+    Pool *p = the_pool.load();
+    if (!p) {
+        auto fresh = std::make_unique<Pool>();
+        if (the_pool.compare_exchange_strong(p, fresh.get())) p = fresh.release();
+    }
+    return *p;
+}
+
+void run(Job &job, int threads) { pool().run(job, threads); }
+
+#endif
+
+int openmp_threads() {
+#ifdef FUSEDATTN_HAVE_OPENMP
+    return omp_get_max_threads();
+#else
+    return 0;
+#endif
+}
+
+int positive_from_environment(const char *name) {
+    const char *text = std::getenv(name);
+    const long n = text ? std::strtol(text, nullptr, 10) : 0;
+    return n > 0 && n < 65536 ? int(n) : 0;
+}
+
+int available_cpus() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+    return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+struct ThreadCount {
+    int environment = positive_from_environment("FUSEDATTN_NUM_THREADS");
+    int openmp = openmp_threads() ? openmp_threads() : positive_from_environment("OMP_NUM_THREADS");
+    std::atomic<int> chosen{0};
+};
+
+ThreadCount &thread_count() {
+    static ThreadCount count;
+    return count;
+}
+
+}  // namespace
+
+bool parallel_for(index_t tasks, int threads, Loop &loop, void (*body)(void *, index_t), void *context) {
+    Job job;
+    job.tasks = tasks;
+    job.body = body;
+    job.context = context;
+    job.loop = &loop;
+    threads = int(std::min<index_t>(threads, tasks));
+    if (threads <= 1)
+        job.work(true);
+    else
+        run(job, threads);
+    if (job.error) std::rethrow_exception(job.error);
+    return !job.cancelled();
+}
+
+void wait_for_turn(int *turn, int ordinal, const void *loop) {
+    const int *cancelled = &static_cast<const Loop *>(loop)->cancelled;
+    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != ordinal; spins++) {
+        if (spins < 500)
+            pause_cpu();
+        else if (__atomic_load_n(cancelled, __ATOMIC_RELAXED))
+            return;
+        else
+            std::this_thread::yield();
+    }
+}
+
+void *thread_scratch(std::size_t bytes) {
+    struct Buffer {
+        void *data = nullptr;
+        std::size_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    thread_local Buffer buffer;
+    if (buffer.size < bytes) {
+        std::free(buffer.data);
+        buffer = {};
+        const std::size_t size = (bytes + 4095) / 4096 * 4096;
+        buffer.data = std::aligned_alloc(4096, size);
+        if (!buffer.data) throw std::bad_alloc();
+        buffer.size = size;
+    }
+    return buffer.data;
+}
+
+int get_num_threads() {
+    ThreadCount &count = thread_count();
+    const int now = openmp_threads();
+    int n = count.chosen.load(std::memory_order_relaxed);
+    if (n == 0) n = count.environment;
+    if (n == 0) return now > 0 ? now : count.openmp > 0 ? count.openmp : available_cpus();
+    return now > 0 && now < count.openmp ? std::min(n, now) : n;
+}
+
+void set_num_threads(int n) { thread_count().chosen.store(n, std::memory_order_relaxed); }
+
+const char *parallel_backend() {
+#ifdef FUSEDATTN_PARALLEL_OPENMP
+    return "openmp";
+#else
+    return "pool";
+#endif
+}
+
+}  // namespace fusedattn

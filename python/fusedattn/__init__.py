@@ -1,0 +1,31 @@
+"""Fused softmax(QK^T / sqrt(d)) V and its gradients for NumPy arrays on CPUs, in linear memory."""
+
+from fusedattn import reference
+from fusedattn._attention import (
+    AttentionGradients,
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+    attention_vjp,
+    cpu_info,
+    get_num_threads,
+    set_num_threads,
+)
+from fusedattn._core import __version__
+from fusedattn._faces import scaled_dot_product_attention
+
+__all__ = [
+    "AttentionGradients",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_vjp",
+    "cpu_info",
+    "get_num_threads",
+    "reference",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+]

@@ -1,0 +1,78 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    bias: Any,
+    is_causal: bool,
+    q_offset: Any,
+    scale: float | None,
+    kv_lengths: Any,
+    layout: str,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+    return_lse: bool,
+) -> Any: ...
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    mask: Any,
+    bias: Any,
+    is_causal: bool,
+    q_offset: Any,
+    scale: float | None,
+    kv_lengths: Any,
+    layout: str,
+    num_threads: int | None,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_bias: bool,
+) -> tuple[Any, Any, Any, Any]: ...
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    is_causal: bool,
+    q_offset: Any,
+    scale: float | None,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+    return_lse: bool,
+) -> Any: ...
+def attention_varlen_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    is_causal: bool,
+    q_offset: Any,
+    scale: float | None,
+    num_threads: int | None,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Any, Any, Any, Any]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int | None) -> None: ...
+def cpu_info() -> dict[str, Any]: ...
+def set_isa(name: str) -> None: ...
+def measure_peak(dtype: str, threads: int) -> float: ...
+def measure_bandwidth(threads: int) -> float: ...
