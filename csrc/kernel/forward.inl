@@ -51,10 +51,12 @@ template <class T, int NQ>
 FA_NOINLINE void scores(index_t n, Rows<T> k, const T *q, index_t d, T *p, T *max_io) {
     constexpr int NI = tile_rows<NQ>;
     Vec<T> max[NQ];
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
     index_t i = 0;
     for (; i + NI <= n; i += NI) score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
     if (i < n) score_rest<T, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
 }
 
@@ -62,6 +64,7 @@ FA_NOINLINE void scores(index_t n, Rows<T> k, const T *q, index_t d, T *p, T *ma
 template <class T, int NQ>
 FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T *sum_io, T *rescale) {
     Vec<T> max[NQ], sum[NQ];
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) {
         const Vec<T> before = load(max_io + j * W<T>);
         max[j] = max_or_second<T>(load(block_max + j * W<T>), before);
@@ -80,6 +83,7 @@ FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T 
             store(at, e);
         }
     }
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) store(sum_io + j * W<T>, sum[j]);
 }
 
@@ -121,6 +125,7 @@ FA_NOINLINE void values(index_t n, Rows<T> v, const T *p, index_t dv, T *o, cons
 template <class T, int NQ>
 FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T *p, index_t dv, T *o, const T *rescale) {
     for (index_t i = 0; i < dv; i++)
+        FA_UNROLL
         for (int j = 0; j < NQ; j++) {
             T *at = o + (i * NQ + j) * W<T>;
             Vec<T> acc = load(rescale + j * W<T>) * load(at);
@@ -148,6 +153,7 @@ FA_INLINE Vec<T> dense_at(const Dense<T> &d, index_t key, int j) {
 template <class T, int NQ>
 FA_NOINLINE void add_dense(index_t n, T *p, const Dense<T> &dense, T *max_io, T *seen) {
     const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) {
         Vec<T> max = load(max_io + j * W<T>), any = load(seen + j * W<T>);
         for (index_t i = 0; i < n; i++) {
@@ -165,6 +171,7 @@ FA_NOINLINE void add_dense(index_t n, T *p, const Dense<T> &dense, T *max_io, T 
 template <class T, int NQ>
 FA_NOINLINE void mark_masked(index_t n, T *p, const Dense<T> &dense) {
     for (index_t i = 0; i < n; i++)
+        FA_UNROLL
         for (int j = 0; j < NQ; j++) {
             T *at = p + (i * NQ + j) * W<T>;
             store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
@@ -183,6 +190,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool us
     }
     alignas(64) T rows[W<T>][KEY_BLOCK];
     for (index_t r = 0; r < lanes; r += W<T>) {
+        FA_UNROLL
         for (int i = 0; i < W<T>; i++) {
             const index_t q = x.first + min_index(r + i, x.count - 1);
             if (dense)
@@ -212,6 +220,7 @@ FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, R
         use_mask = cover == Cover::some;
     }
     alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
+    FA_UNROLL
     for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));
 
     // 1. scores, in up to three ranges: ragged, seen by every query, ragged
@@ -227,6 +236,7 @@ FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, R
         const bool plain = !dense[r].data;
         scores<T, NQ>(n, {k.data + (a - block) * k.ld, k.ld}, x.q, h.d, pr, plain ? block_max : ignored);
         if (plain) {
+            FA_UNROLL
             for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
         } else {
             add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);

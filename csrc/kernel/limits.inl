@@ -4,6 +4,7 @@
 template <class T>
 static double multiply_adds(index_t rounds) {
     Vec<T> acc[12];
+    FA_UNROLL
     for (int i = 0; i < 12; i++) acc[i] = splat(T(i));
     Vec<T> x = splat(T(0.999)), y = splat(T(0.001));
     for (index_t r = 0; r < rounds; r++) {
@@ -16,6 +17,7 @@ static double multiply_adds(index_t rounds) {
         }
     }
     T sum = 0;
+    FA_UNROLL
     for (int i = 0; i < 12; i++) sum += sum_lanes<T>(acc[i]);
     volatile T sink = sum;
     (void)sink;
@@ -32,6 +34,7 @@ static double read_stream(const char *data, size_t bytes) {
         for (int j = 0; j < 8; j++) sum[j] += load(p + i + j * W<float>);
     }
     float total = 0;
+    FA_UNROLL
     for (int j = 0; j < 8; j++) total += sum_lanes<float>(sum[j]);
     return double(total);
 }
