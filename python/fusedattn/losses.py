@@ -9,14 +9,6 @@ import numpy as np
 from fusedattn.nn import Array
 
 
-def softmax(logits: Array) -> Array:
-    """exp(logits) over its sum along the last axis, in a new array."""
-    p: Array = logits - logits.max(axis=-1, keepdims=True)
-    np.exp(p, out=p)
-    p /= p.sum(axis=-1, keepdims=True)
-    return p
-
-
 def cross_entropy(
     logits: Array, labels: Array, label_smoothing: float = 0.0
 ) -> tuple[float, Callable[[float], Array]]:

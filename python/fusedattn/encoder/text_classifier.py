@@ -11,7 +11,6 @@ import numpy as np
 from fusedattn import nn
 from fusedattn.encoder.folder import read_folder, to_bert, write_folder
 from fusedattn.encoder.model import Encoder
-from fusedattn.losses import softmax
 from fusedattn.nn import VJP, Array, Params, Rng
 from fusedattn.text import Batch, fill_batches, pack, tokenize
 
@@ -71,7 +70,7 @@ class TextClassifier:
         lengths = [len(s) for s in sequences]
         for chosen in fill_batches(lengths, PREDICT_TOKENS, PREDICT_SENTENCES):
             logits, _ = self.forward(pack([sequences[i] for i in chosen]))
-            proba[chosen] = softmax(logits)
+            proba[chosen] = _softmax(logits)
         return proba
 
     def predict(self, texts: Sequence[str]) -> list[str]:
@@ -104,3 +103,10 @@ class TextClassifier:
         }
         names = [labels[str(i)] for i in range(len(labels))]
         return cls(Encoder.from_pretrained(path), names, classifier)
+
+
+def _softmax(logits: Array) -> Array:
+    p: Array = logits - logits.max(axis=1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=1, keepdims=True)
+    return p
