@@ -190,7 +190,7 @@ def test_folder_errors(classifier, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^path: expected a folder with config\.json"):
         Encoder.from_pretrained(tmp_path)
     classifier.encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^path: expected a folder of a classifier"):
+    with pytest.raises(ValueError, match=r"^path: expected a folder of a classifier"):
         TextClassifier.from_pretrained(tmp_path)
     file = tmp_path / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -204,7 +204,7 @@ def test_folder_errors(classifier, tmp_path):
 
 def test_prediction_needs_a_tokenizer():
     model = TextClassifier(Encoder(CONFIG), ["a", "b"])
-    with pytest.raises(ValueError, match="^texts: expected a model with a tokenizer"):
+    with pytest.raises(ValueError, match=r"^texts: expected a model with a tokenizer"):
         model.predict(["x"])
 
 

@@ -58,7 +58,7 @@ def test_missing_tokenizer(tmp_path):
 
 
 def test_one_string_is_not_a_sequence_of_texts(tokenizer):
-    with pytest.raises(TypeError, match="^texts: expected a sequence of str, got one str"):
+    with pytest.raises(TypeError, match=r"^texts: expected a sequence of str, got one str"):
         tokenize(tokenizer, "abc")
 
 
@@ -104,7 +104,7 @@ def test_sequence_over_the_budget_is_alone():
 
 
 def test_batch_limits_are_checked():
-    with pytest.raises(ValueError, match="^max_tokens, max_sentences: expected at least 1"):
+    with pytest.raises(ValueError, match=r"^max_tokens, max_sentences: expected at least 1"):
         fill_batches([1], 0, 1)
 
 
@@ -119,7 +119,7 @@ def test_dataset_numbers_its_labels(tokenizer):
 def test_dataset_errors(tokenizer):
     with pytest.raises(ValueError, match=r"^labels: expected names among \['a'\], got \['c'\]"):
         Dataset.from_texts(tokenizer, TEXTS, ["a", "c", "a"], ["a"])
-    with pytest.raises(ValueError, match="^labels: expected one for each of 1 sequences, got 0"):
+    with pytest.raises(ValueError, match=r"^labels: expected one for each of 1 sequences, got 0"):
         Dataset([np.array([1])], np.array([]))
 
 

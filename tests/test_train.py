@@ -169,8 +169,8 @@ def test_adamw_against_its_formula():
     params = {"w": start["w"].copy(), "n": {"b": start["n"]["b"].copy()}}
     optimizer = AdamW(params, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     expected = flatten(start)
-    m = {name: 0.0 for name in expected}
-    v = {name: 0.0 for name in expected}
+    m = dict.fromkeys(expected, 0.0)
+    v = dict.fromkeys(expected, 0.0)
     for t in range(1, 4):
         grads = {"w": rng.standard_normal((300, 200)), "n": {"b": rng.standard_normal(3)}}
         optimizer.step(grads, 0.01, scale=0.5)
@@ -189,7 +189,7 @@ def test_adamw_updates_in_place_and_wants_whole_arrays():
     w = np.ones((4, 3), np.float32)
     AdamW({"w": w}).step({"w": np.ones((4, 3), np.float32)}, 0.1)
     assert (w < 1).all()
-    with pytest.raises(ValueError, match="^params: expected C-contiguous arrays, w is not"):
+    with pytest.raises(ValueError, match=r"^params: expected C-contiguous arrays, w is not"):
         AdamW({"w": w.T})
 
 
