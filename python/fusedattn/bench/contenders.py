@@ -42,24 +42,26 @@ class FusedAttention:
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.q, self.k, self.v, self.dout = problem.arrays
-        self.rules = {"is_causal": problem.case.causal, "num_threads": threads}
+        self.rules: dict[str, Any] = {"is_causal": problem.case.causal, "num_threads": threads}
 
     @cached_property
-    def saved(self) -> tuple[Array, Array]:
+    def _saved(self) -> tuple[Array, Array]:
         from fusedattn import attention
 
         out, lse = attention(self.q, self.k, self.v, return_lse=True, **self.rules)
         return out, lse
 
     def forward(self) -> Any:
+        """``attention`` with its defaults."""
         from fusedattn import attention
 
         return attention(self.q, self.k, self.v, **self.rules)
 
     def backward(self) -> Any:
+        """``attention_backward`` from the saved output and log-sum-exp."""
         from fusedattn import attention_backward
 
-        return attention_backward(self.dout, self.q, self.k, self.v, *self.saved, **self.rules)[:3]
+        return attention_backward(self.dout, self.q, self.k, self.v, *self._saved, **self.rules)[:3]
 
 
 class NumPy:
@@ -78,7 +80,7 @@ class NumPy:
         self.scale = q.dtype.type(c.d**-0.5)
         self.hidden = ~np.tri(c.sq, c.sk, dtype=bool) if c.causal else None
 
-    def probabilities(self) -> Array:
+    def _probabilities(self) -> Array:
         scores: Array = np.matmul(self.q * self.scale, self.k.swapaxes(-1, -2))
         if self.hidden is not None:
             np.copyto(scores, -np.inf, where=self.hidden)
@@ -88,14 +90,16 @@ class NumPy:
         return scores
 
     @cached_property
-    def saved(self) -> Array:
-        return self.probabilities()
+    def _saved(self) -> Array:
+        return self._probabilities()
 
     def forward(self) -> Any:
-        return np.matmul(self.probabilities(), self.v).reshape(*self.shape, -1)
+        """The softmax's probabilities times the values."""
+        return np.matmul(self._probabilities(), self.v).reshape(*self.shape, -1)
 
     def backward(self) -> Any:
-        p = self.saved
+        """The chain rule through the saved probabilities."""
+        p = self._saved
         dv = np.matmul(p.swapaxes(-1, -2), self.dout).sum(axis=2)
         ds = np.matmul(self.dout, self.v.swapaxes(-1, -2))
         ds -= np.einsum("...ij,...ij->...i", ds, p)[..., None]
@@ -124,7 +128,7 @@ class PyTorch:
             tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
         *self.inputs, self.dout = tensors
 
-    def compute(self, q: Any, k: Any, v: Any) -> Any:
+    def _compute(self, q: Any, k: Any, v: Any) -> Any:
         if self.repeat:
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
         return self.torch.nn.functional.scaled_dot_product_attention(
@@ -132,16 +136,18 @@ class PyTorch:
         )
 
     @cached_property
-    def saved(self) -> tuple[Any, list[Any]]:
+    def _saved(self) -> tuple[Any, list[Any]]:
         leaves = [x.detach().requires_grad_() for x in self.inputs]
-        return self.compute(*leaves), leaves
+        return self._compute(*leaves), leaves
 
     def forward(self) -> Any:
+        """Without recording a graph."""
         with self.torch.no_grad():
-            return self.compute(*self.inputs)
+            return self._compute(*self.inputs)
 
     def backward(self) -> Any:
-        out, leaves = self.saved
+        """Through the graph of a forward pass done before."""
+        out, leaves = self._saved
         return self.torch.autograd.grad(out, leaves, self.dout, retain_graph=True)
 
 

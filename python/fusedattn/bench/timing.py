@@ -19,10 +19,6 @@ from fusedattn.bench.contenders import Contender
 
 __all__ = ["Limits", "Result", "interleave", "measure"]
 
-SETTLE = 0.03
-"""Seconds for the previous contender's waiting threads to fall asleep: libgomp's and OpenBLAS's
-spin for some milliseconds, on the very cores that the next one is about to be measured on."""
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -167,7 +163,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 50,
     seconds: float = 2.0,
-    sample: float = 0.02,
+    sample: float = 0.05,
 ) -> dict[str, list[float]]:
     """Time calls in turns.
 
@@ -179,8 +175,9 @@ def interleave(
         Bounds on the samples of each.
     seconds : float, default 2.0
         Time after which a call that has ``min_rounds`` samples is left out.
-    sample : float, default 0.02
-        Least seconds of one sample; a shorter call is repeated within it.
+    sample : float, default 0.05
+        Least seconds of one sample; a shorter call is repeated within it, and half as often before
+        it, so that threads are awake and caches warm.
 
     Returns
     -------
@@ -200,13 +197,26 @@ def interleave(
             break
         for name in dict.fromkeys([first, *staying]):
             call = calls[name]
-            time.sleep(SETTLE)
-            if inner[name] > 1:
-                call()  # wake the threads, outside the clock
+            _settle()
+            _clock(call, inner[name] // 2)
             elapsed = _clock(call, inner[name])
             samples[name].append(elapsed / inner[name])
             spent[name] += elapsed
     return samples
+
+
+def _settle(longest: float = 0.5) -> None:
+    """Wait until this process is idle.
+
+    The previous contender's threads wait for their next work by spinning, OpenBLAS's for a tenth of
+    a second, on the very cores that the next contender is about to be measured on.
+    """
+    end = time.perf_counter() + longest
+    busy = True
+    while busy and time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(0.004)
+        busy = time.process_time() - before > 0.001
 
 
 def _clock(call: Callable[[], Any], times: int) -> float:

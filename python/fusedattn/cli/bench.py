@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["add_parser", "run"]
 
-ROW = "{:12} {:25} {:8} {:>9} {:>12} {:>6} {:>9} {:>9} {:>7} {:>8}"
+ROW = "{:12} {:27} {:8} {:>9} {:>13} {:>6} {:>9} {:>9} {:>7} {:>8}"
 HEAD = "case|shape|pass|ms|rate|limit|NumPy ms|torch ms|x NumPy|x torch".split("|")
 
 
@@ -87,7 +87,7 @@ def measured(cases: list[Any], threads: int, *, quick: bool) -> Iterator[Any]:
     """Measure case by case; the progress goes to stderr, and only if someone looks at it."""
     from fusedattn.bench import Problem, contenders, measure
 
-    rounds, seconds = (3, 0.3) if quick else (7, 2.0)
+    rounds, seconds = (3, 0.3) if quick else (5, 1.0)
     total = sum(len(case.directions) for case in cases)
     done = 0
     for case in cases:
