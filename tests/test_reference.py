@@ -233,15 +233,14 @@ def test_masked_slots_reach_nothing(name):
     unseen_keys = ~(weights.reshape(B, HKV, -1, SK) > 0).any(axis=2)
     blind = np.isneginf(lse)
     for junk in (np.nan, INF):
-        dirty: Any = [x.copy() for x in (q, k, v, dout)]
-        for x, where in zip(dirty, (blind, unseen_keys, unseen_keys, blind), strict=True):
-            x[where] = junk
-        dirty_out, dirty_lse = reference.attention(*dirty[:3], return_lse=True, **rules)
+        q_, k_, v_, dout_ = (x.copy() for x in (q, k, v, dout))
+        q_[blind] = dout_[blind] = k_[unseen_keys] = v_[unseen_keys] = junk
+        dirty_out, dirty_lse = reference.attention(q_, k_, v_, return_lse=True, **rules)
         np.testing.assert_array_equal(dirty_out, out)
         np.testing.assert_array_equal(dirty_lse, lse)
         assert np.all(dirty_out[blind] == 0)
         dirty_grads: Any = reference.attention_backward(
-            dirty[3], *dirty[:3], out, lse, need=need, **rules
+            dout_, q_, k_, v_, out, lse, need=need, **rules
         )
         for got, expected in zip(dirty_grads, grads, strict=True):
             if expected is not None:
@@ -298,8 +297,8 @@ def test_agrees_with_pytorch(name):
             tq, tk, tv, enable_gqa=True, **options
         )
         out.backward(torch.tensor(dout))
-    ours, vjp = reference.attention_vjp(q, k, v, **rules)
-    grads: Any = vjp(dout, need=("q", "k", "v", "bias"))
+    ours, vjp = reference.attention_vjp(q, k, v, need=("q", "k", "v", "bias"), **rules)
+    grads: Any = vjp(dout)
     np.testing.assert_allclose(ours, out.detach().numpy(), rtol=1e-12, atol=1e-13)
     for got, leaf in zip(grads, (tq, tk, tv, bias), strict=False):
         if leaf is not None:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from fusedattn._attention import attention
 
-
 __all__ = ["scaled_dot_product_attention"]
 
 

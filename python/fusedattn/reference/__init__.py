@@ -75,7 +75,7 @@ def attention(
     Returns
     -------
     out : float64 (..., H, Sq, Dv)
-        0 for a query that sees no key, which is one whose final logits are all -inf.
+        0 for a query that sees no key.
     lse : float64 (..., H, Sq), if return_lse
         log of the sum of exp of the final logits, the sink included; -inf if no key is seen.
     """
@@ -126,15 +126,20 @@ def attention_backward(
 
 
 def attention_vjp(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, out: Array | None = None, **options: Any
-) -> tuple[Array, Callable[..., AttentionGradients]]:
-    """The output of `attention`, and vjp(dout, need=...) -> the gradients of its inputs."""
-    result, lse = attention(q, k, v, out=out, return_lse=True, **options)
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    need: Sequence[str] = ("q", "k", "v"),
+    **options: Any,
+) -> tuple[Array, Callable[[ArrayLike], AttentionGradients]]:
+    """The output of `attention`, and vjp(dout), the gradients in ``need`` of sum(dout * out)."""
+    out, lse = attention(q, k, v, return_lse=True, **options)
 
-    def vjp(dout: ArrayLike, need: Sequence[str] = ("q", "k", "v")) -> AttentionGradients:
-        return attention_backward(dout, q, k, v, result, lse, need=need, **options)
+    def vjp(dout: ArrayLike) -> AttentionGradients:
+        return attention_backward(dout, q, k, v, out, lse, need=need, **options)
 
-    return result, vjp
+    return out, vjp
 
 
 def attention_varlen(

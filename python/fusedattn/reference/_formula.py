@@ -77,17 +77,15 @@ def forward(q: Array, k: Array, v: Array, rules: Rules) -> tuple[Array, Array]:
         # 1 to 5. the final logits
         s, allowed, _ = _logits(q, k, rules)
         # 6. softmax over the allowed keys, a sink joining the denominator only
+        seen = allowed.any(axis=-1, keepdims=True)
         top = s.max(axis=-1, initial=-np.inf, keepdims=True)
-        if rules.sinks is not None:
-            sinks = np.asarray(rules.sinks, np.float64)[:, None, None]
-            top = np.where(np.isneginf(top), top, np.maximum(top, sinks))
-        shift = np.where(np.isneginf(top), 0.0, top)
-        p = np.exp(s - shift)
-        total = p.sum(axis=-1, keepdims=True)
-        if rules.sinks is not None:
-            total = total + np.where(np.isneginf(top), 0.0, np.exp(sinks - shift))
-        lse = (shift + np.log(total))[..., 0]
-        p = p / np.where(total == 0, 1.0, total)
+        sinks = np.full(1, -np.inf) if rules.sinks is None else np.asarray(rules.sinks)
+        sinks = sinks[:, None, None]
+        top = np.where(seen, np.maximum(top, sinks), 0.0)
+        p = np.exp(s - top)
+        total = p.sum(axis=-1, keepdims=True) + np.where(seen, np.exp(sinks - top), 0.0)
+        lse = (top + np.log(total))[..., 0]
+        p = p / np.where(seen, total, 1.0)
         # 7. out = p v
         return _sum_over_allowed(p, v, allowed), lse
 
@@ -120,7 +118,7 @@ def backward(
         ds = np.where(allowed, _scale(q, rules) * ds * slope, 0.0)
         dq = _sum_over_allowed(ds, k, allowed)
         dk = _sum_over_allowed(_t(ds), q, _t(allowed))
-    return dq, _sum_group(dk, hkv, group), _sum_group(dv, hkv, group), dbias, dsinks
+        return dq, _sum_group(dk, hkv, group), _sum_group(dv, hkv, group), dbias, dsinks
 
 
 def _logits(q: Array, k: Array, rules: Rules) -> tuple[Array, Array, Array | float]:
@@ -160,9 +158,7 @@ def _logits(q: Array, k: Array, rules: Rules) -> tuple[Array, Array, Array | flo
         q_ids, k_ids = ids if isinstance(ids, tuple) else (ids, ids)
         q_ids = np.reshape(q_ids, (*batch, 1, q.shape[-2], 1))
         allowed = allowed & (q_ids == np.reshape(k_ids, (*batch, 1, 1, k.shape[-2])))
-    s = np.where(allowed, s, -np.inf)
-    # A row of nothing but -inf sees nothing, wherever they came from.
-    return s, allowed & ~np.isneginf(s).all(axis=-1, keepdims=True), slope
+    return np.where(allowed, s, -np.inf), allowed, slope
 
 
 def _sum_over_allowed(weights: Array, rows: Array, allowed: Array) -> Array:

@@ -1,0 +1,196 @@
+"""How wrong a kernel may be: the error that its precision costs anybody, and a small floor.
+
+A result is compared with the oracle of higher precision. So is a careful unfused computation of
+the same precision: the whole score matrix, a softmax with the maximum subtracted, NumPy's matrix
+products. The kernel's largest error may be FORWARD (for gradients GRADIENT) times that of the
+unfused one, which can be nearly 0 by luck where there are few numbers; hence a floor of FLOOR
+times the error that independent roundings of all products and logits would add up to
+(`rounding`). Tests with many numbers ask for a lower floor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import fusedattn
+from fusedattn.reference._formula import (
+    Rules,
+    _group,
+    _logits,
+    _reduce_to,
+    _sum_group,
+    _t,
+    backward,
+    forward,
+)
+
+FORWARD, GRADIENT, FLOOR = 2.0, 3.0, 4.0
+
+
+@dataclass
+class Problem:
+    """One call: arrays in ``layout``, and the rules as keyword arguments."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dout: np.ndarray
+    rules: dict[str, Any] = field(default_factory=dict)
+    layout: str = "bhsd"
+    dlse: np.ndarray | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.rules, "layout": self.layout}
+
+    def heads_first(self, x: np.ndarray) -> np.ndarray:
+        """x, in the problem's layout, as (..., H, S, D)."""
+        if x.ndim == 2:
+            return x[None]
+        return x.swapaxes(-2, -3) if self.layout == "bshd" else x
+
+
+def fused(
+    p: Problem, need: Sequence[str] = ("q", "k", "v"), **options: Any
+) -> dict[str, np.ndarray]:
+    """Results of the kernel under test, forward and the gradients in ``need``."""
+    options = p.options | options
+    out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True, **options)
+    results = {"out": out, "lse": lse}
+    if need:
+        grads = fusedattn.attention_backward(
+            p.dout, p.q, p.k, p.v, out, lse, dlse=p.dlse, need=need, **options
+        )
+        results |= {name: x for name, x in grads._asdict().items() if x is not None}
+    return results
+
+
+def oracle(p: Problem) -> dict[str, np.ndarray]:
+    """All results, in the problem's layout; for float64, the oracle's formula in long double."""
+    real = np.float64 if p.q.dtype == np.float32 else np.longdouble
+    q, k, v, dout = (p.heads_first(x.astype(real)) for x in (p.q, p.k, p.v, p.dout))
+    out, lse = forward(q, k, v, Rules(**p.rules))
+    dlse = np.zeros(lse.shape, real) if p.dlse is None else p.dlse.reshape(lse.shape)
+    dq, dk, dv, dbias, _ = backward(dout, q, k, v, out, lse, dlse, Rules(**p.rules))
+    results = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    results = {n: p.heads_first(x) if p.q.ndim > 2 else x[0] for n, x in results.items()}
+    results["lse"] = lse if p.q.ndim > 2 else lse[0]
+    return results if dbias is None else results | {"dbias": dbias}
+
+
+@dataclass
+class Scores:
+    """What `unfused` and `rounding` share: the logits and the weights they give."""
+
+    s: np.ndarray
+    p: np.ndarray
+    lse: np.ndarray
+    scale: Any
+    group: int
+
+
+def scores(p: Problem, q: np.ndarray, k: np.ndarray) -> Scores:
+    """In the dtype of q; heads first, keys not yet repeated."""
+    rules, group, real = Rules(**p.rules), _group(q, k), q.dtype.type
+    k = np.repeat(k, group, axis=-3)
+    allowed = _logits(q.astype(np.float64), k.astype(np.float64), rules)[1]
+    scale = real(q.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
+    s = (q * scale) @ _t(k)
+    if rules.bias is not None:
+        s = s + np.asarray(rules.bias, real)
+    s = np.where(allowed, s, real(-np.inf))
+    top = s.max(axis=-1, initial=-np.inf, keepdims=True)
+    top = np.where(np.isneginf(top), real(0), top)
+    weights = np.exp(s - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + top
+    return Scores(s, weights / np.where(total > 0, total, real(1)), lse[..., 0], scale, group)
+
+
+def unfused(p: Problem) -> dict[str, np.ndarray]:
+    """All results, heads first, by the textbook and in the precision of the input."""
+    q, k, v, dout = (p.heads_first(np.asarray(x)) for x in (p.q, p.k, p.v, p.dout))
+    x = scores(p, q, k)
+    hkv, k, v = k.shape[-3], np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
+    out = x.p @ v
+    delta = (dout * out).sum(axis=-1, keepdims=True)
+    if p.dlse is not None:
+        delta = delta - p.dlse.reshape(delta.shape)
+    ds = x.p * (dout @ _t(v) - delta)
+    results = {"out": out, "lse": x.lse, "dq": x.scale * (ds @ k)}
+    results["dk"] = _sum_group(x.scale * (_t(ds) @ q), hkv, x.group)
+    results["dv"] = _sum_group(_t(x.p) @ dout, hkv, x.group)
+    if "bias" in p.rules:
+        results["dbias"] = _reduce_to(ds, np.shape(p.rules["bias"]))
+    return results
+
+
+def rounding(p: Problem) -> dict[str, float]:
+    """Size of each result's error, in eps, if every product, logit and sum is rounded by chance.
+
+    Names that end in 2 hold squares: of terms, added where the formula adds terms, so that errors
+    add as independent ones do, and of the sum. A logit's rounding is relative in its weight.
+    """
+    arrays = (np.asarray(x, np.float64) for x in (p.q, p.k, p.v, p.dout))
+    q, k, v, dout = (p.heads_first(x) for x in arrays)
+    x = scores(p, q, k)
+    k, v = np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
+    bias = p.rules.get("bias", np.zeros(()))
+    bias = np.where(np.isfinite(bias), bias, 0.0)
+
+    def product2(a2: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray(a2 @ b**2 + (a @ b) ** 2)
+
+    s2 = np.where(x.p > 0, x.scale**2 * product2(q**2, q, _t(k)) + bias**2, 0.0)
+    weight2 = x.p**2 * (1 + s2)
+    lse2 = 1 + s2.max(axis=-1, initial=0, keepdims=True)
+    lse2 += np.where(np.isfinite(x.lse), x.lse, 0.0)[..., None] ** 2
+    out, out2, dp = x.p @ v, product2(weight2, x.p, v), dout @ _t(v)
+    delta = (dout * out).sum(axis=-1, keepdims=True)
+    delta2 = (dout**2 * (out**2 + out2)).sum(axis=-1, keepdims=True) + delta**2
+    if p.dlse is not None:
+        dlse = p.dlse.reshape(delta.shape)
+        delta, delta2 = delta - dlse, delta2 + dlse**2
+    ds = x.p * (dp - delta)
+    ds2 = x.p**2 * (product2(dout**2, dout, _t(v)) + delta2) + weight2 * (dp - delta) ** 2
+    squares = {
+        "out": out2,
+        "lse": lse2,
+        # The errors of delta and of the LSE are the same for all keys: they add before squaring.
+        "dq": x.scale**2 * (product2(ds2, ds, k) + delta2 * (x.p @ k) ** 2 + lse2 * (ds @ k) ** 2),
+        "dk": x.scale**2 * x.group * product2(_t(ds2), _t(ds), q),
+        "dv": x.group * product2(_t(weight2), _t(x.p), dout),
+    }
+    if "bias" in p.rules:
+        squares["dbias"] = _reduce_to(ds2, bias.shape) + _reduce_to(ds, bias.shape) ** 2
+    return {name: float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
+
+
+def largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x), initial=0.0))
+
+
+def error(got: np.ndarray, exact: np.ndarray, name: str) -> float:
+    """Largest error; the exact values decide where an infinity or a NaN must be."""
+    odd = ~np.isfinite(exact)
+    np.testing.assert_array_equal(got[odd], exact[odd], err_msg=name)
+    assert np.all(np.isfinite(got[~odd])), f"{name}: not finite where the oracle is"
+    return largest(got[~odd] - exact[~odd])
+
+
+def assert_accurate(got: dict[str, np.ndarray], p: Problem, floor: float = FLOOR) -> None:
+    """Compare results, in the problem's layout, with what is allowed."""
+    exact, careful, natural = oracle(p), unfused(p), rounding(p)
+    eps = np.finfo(p.q.dtype).eps
+    for name, result in got.items():
+        assert result.shape == exact[name].shape, name
+        assert result.dtype == p.q.dtype, name
+        factor = FORWARD if name in ("out", "lse") else GRADIENT
+        place = p.heads_first if name in ("out", "dq", "dk", "dv") else np.asarray
+        best = error(careful[name].reshape(place(exact[name]).shape), place(exact[name]), name)
+        allowed = factor * best + floor * eps * natural[name]
+        wrong = error(result, exact[name], name)
+        assert wrong <= allowed, f"{name}: error {wrong:.3g}, allowed {allowed:.3g}"

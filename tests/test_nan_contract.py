@@ -1,0 +1,164 @@
+"""Promise 1: what is allowed propagates, what is masked never arrives, blind queries get zeros."""
+
+import numpy as np
+import pytest
+
+from tests.accuracy import fused, oracle
+from tests.strategies import make
+
+JUNK = (np.nan, np.inf, -np.inf)
+LENGTHS = range(1, 65)
+SQ, D, DV = 6, 3, 5
+
+
+def problem(sk, sq=SQ, dtype=np.float32, **rules):
+    sizes = {"lead": (2,), "h": 2, "hkv": 1, "sq": sq, "sk": sk, "d": D, "dv": DV}
+    return make(sizes, rules=rules, dtype=dtype, seed=sk)
+
+
+def rules_of(name, sk):
+    rng = np.random.default_rng(sk)
+    return {
+        "none": {},
+        "causal": {"is_causal": True, "q_offset": sk // 2 - 1},
+        "kv_lengths": {"kv_lengths": np.array([sk // 2, sk])},
+        "mask": {"mask": rng.random((2, 1, SQ, sk)) < 0.5},
+        "bias": {"bias": np.where(rng.random((2, SQ, sk)) < 0.5, -np.inf, 0.5).astype(np.float32)},
+    }[name]
+
+
+RULES = ("none", "causal", "kv_lengths", "mask", "bias")
+
+
+def assert_same_kind(got, exact):
+    """NaN where the oracle has NaN, infinities likewise, and about the same numbers elsewhere."""
+    for name, x in got.items():
+        np.testing.assert_allclose(x, exact[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("victim", ["q", "k", "v", "bias"])
+def test_allowed_junk_reaches_what_it_should(isa, name, victim, junk):
+    rng = np.random.default_rng(0)
+    for sk in LENGTHS:
+        p = problem(sk, **rules_of(name, sk))
+        if victim == "bias":
+            if junk < 0:
+                continue  # a mask, not junk
+            bias = p.rules.get("bias", np.zeros((1, 1, SQ, sk), np.float32)).copy()
+            bias[..., rng.integers(SQ), rng.integers(sk)] = junk
+            p.rules["bias"] = bias
+        else:
+            x = getattr(p, victim)
+            x[0, 0, rng.integers(x.shape[2]), rng.integers(x.shape[3])] = junk
+        assert_same_kind(fused(p, need=()), oracle(p))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("victim", ["q", "k", "v", "dout"])
+def test_allowed_nan_reaches_the_gradients_it_should(isa, name, victim):
+    rng = np.random.default_rng(0)
+    for sk in LENGTHS:
+        p = problem(sk, **rules_of(name, sk))
+        x = getattr(p, victim)
+        x[0, 0, rng.integers(x.shape[2]), rng.integers(x.shape[3])] = np.nan
+        assert_same_kind(fused(p), oracle(p))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("junk", [*JUNK, 1e38])
+@pytest.mark.parametrize("name", RULES[1:])
+def test_masked_junk_reaches_nothing(isa, name, junk, dtype):
+    for sk in LENGTHS:
+        rules = rules_of(name, sk)
+        if "bias" in rules:
+            rules["bias"] = rules["bias"].astype(dtype)
+        clean, dirty = problem(sk, dtype=dtype, **rules), problem(sk, dtype=dtype, **rules)
+        expected = fused(clean)
+        # The gradient of v under dout = 1 is the sum of a key's weights: 0 if nobody sees it.
+        clean.dout = np.ones_like(clean.dout)
+        unseen = (fused(clean)["dv"] == 0).all(axis=-1)
+        blind = np.isneginf(expected["lse"])
+        dirty.k[unseen] = dirty.v[unseen] = junk
+        dirty.q[blind] = dirty.dout[blind] = junk
+        for name_of, x in fused(dirty).items():
+            np.testing.assert_array_equal(x, expected[name_of], err_msg=name_of)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_seen_by_some_queries_stays_with_them(isa, junk):
+    # Key 3 is masked for the queries of one half: within every tile, some see it and some do not.
+    for sk in range(4, 65, 3):
+        mask = np.ones((SQ, sk), bool)
+        mask[::2, 3] = False
+        clean, dirty = problem(sk, mask=mask), problem(sk, mask=mask)
+        dirty.k[:, :, 3] = dirty.v[:, :, 3] = junk
+        expected, got = fused(clean), fused(dirty)
+        for name in ("out", "lse", "dq"):
+            np.testing.assert_array_equal(got[name][:, :, ::2], expected[name][:, :, ::2], name)
+        assert not np.isfinite(got["out"][:, :, 1::2]).any()
+        # Likewise the queries: what the even ones give to keys is not touched by ...
+        dirty = problem(sk, mask=~mask)
+        dirty.q[:, :, 1::2] = dirty.dout[:, :, 1::2] = junk
+        clean = problem(sk, mask=~mask)
+        expected, got = fused(clean), fused(dirty)
+        others = np.arange(sk) != 3
+        np.testing.assert_array_equal(got["dk"][:, :, others], expected["dk"][:, :, others])
+        np.testing.assert_array_equal(got["dv"][:, :, others], expected["dv"][:, :, others])
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_at_a_masked_pair_of_the_bias(isa, junk):
+    for sk in LENGTHS:
+        mask = np.random.default_rng(sk).random((SQ, sk)) < 0.6
+        bias = np.random.default_rng(sk).standard_normal((SQ, sk)).astype(np.float32)
+        expected = fused(problem(sk, mask=mask, bias=bias))
+        got = fused(problem(sk, mask=mask, bias=np.where(mask, bias, np.float32(junk))))
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_logits_of_junk_under_a_bias_that_masks(isa, junk):
+    # -inf + inf and -inf + NaN are masked all the same.
+    for sk in LENGTHS:
+        bias = np.zeros((sk,), np.float32)
+        bias[sk // 2 :] = -np.inf
+        clean, dirty = problem(sk, bias=bias), problem(sk, bias=bias)
+        dirty.k[:, :, sk // 2 :] = dirty.v[:, :, sk // 2 :] = junk
+        expected, got = fused(clean), fused(dirty)
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"mask": np.zeros((1, 1), bool)},
+        {"bias": np.full((1,), -np.inf, np.float32)},
+        {"is_causal": True, "q_offset": -100},
+        {"kv_lengths": np.zeros(2, int)},
+    ],
+)
+def test_blind_queries_get_zeros(isa, rules):
+    for sk in (1, 5, 17, 64):
+        p = problem(sk, **rules)
+        for x in (p.q, p.k, p.v, p.dout):
+            x[...] = np.nan
+        got = fused(p)
+        assert np.all(np.isneginf(got["lse"]))
+        for name in ("out", "dq", "dk", "dv"):
+            assert np.all(got[name] == 0), name
+
+
+def test_garbage_left_in_memory_by_earlier_calls_reaches_nothing(isa):
+    # Scratch is reused between calls: a call of NaN first, then every length again.
+    for sk in LENGTHS:
+        expected = fused(problem(sk, is_causal=True))
+        spoiler = problem(64, sq=64)
+        for x in (spoiler.q, spoiler.k, spoiler.v, spoiler.dout):
+            x[...] = np.nan
+        fused(spoiler)
+        for name, x in fused(problem(sk, is_causal=True)).items():
+            np.testing.assert_array_equal(x, expected[name], name)
