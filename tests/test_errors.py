@@ -1,7 +1,5 @@
 """Promise 6: wrong input is refused by an error that says which, what it should be, what came."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -34,8 +32,7 @@ def huge(*shape):
 WRONG = [
     ("q", zeros(8), ValueError, r"\(8,\)"),
     ("q", np.float32(1), ValueError, r"\(\)"),
-    ("q", zeros(4, 5, 8), ValueError, r"\(4, 5, 8\)|3"),
-    ("q", zeros(2, 3, 5, 8), ValueError, "3"),
+    ("q", zeros(2, 4, 5, 0), ValueError, r"\(2, 4, 5, 0\)"),
     ("q", zeros(2, 4, 5, 8, dtype=np.int32), TypeError, "int32"),
     ("q", zeros(2, 4, 5, 8, dtype=np.complex64), TypeError, "complex64"),
     ("q", zeros(2, 4, 5, 8, dtype=object), TypeError, "object"),
@@ -97,7 +94,7 @@ def ids(case):
 @pytest.mark.parametrize(("argument", "wrong", "error", "came"), WRONG, ids=ids)
 def test_wrong_argument(argument, wrong, error, came):
     out = np.full((2, 4, 5, 3), 7, np.float32)
-    with pytest.raises(error, match=rf"^{argument}\b.*expected.*(got|came).*({came})") as caught:
+    with pytest.raises(error, match=rf"^{argument}: expected .*, got .*({came})") as caught:
         call({argument: wrong}, out)
     assert "\n" not in str(caught.value)
     assert np.all(out == 7)
@@ -112,6 +109,16 @@ def test_rules_not_there_yet_are_refused_by_name(name):
     p = make(SIZES)
     with pytest.raises(NotImplementedError, match=rf"\b{name}\b"):
         fusedattn.attention_vjp(p.q, p.k, p.v, **{name: NOT_YET[name]})
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("dlse", {"dlse": zeros(2, 4, 5)}), ("need", {"need": ("q", "sinks")})]
+)
+def test_gradients_not_there_yet_are_refused_by_name(name, option):
+    p = make(SIZES)
+    out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True)
+    with pytest.raises(NotImplementedError, match=rf"^{name}\b"):
+        fusedattn.attention_backward(p.dout, p.q, p.k, p.v, out, lse, **option)
 
 
 def test_unknown_argument():
@@ -175,14 +182,8 @@ def test_wrong_argument_of_backward(argument, wrong, error, came):
     p = make(SIZES)
     out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True)
     arguments = {"dout": p.dout, "q": p.q, "k": p.k, "v": p.v, "out": out, "lse": lse}
-    with pytest.raises(error, match=rf"^{argument}\b.*expected.*(got|came).*({came})"):
+    with pytest.raises(error, match=rf"^{argument}: expected .*, got .*({came})"):
         fusedattn.attention_backward(**(arguments | {argument: wrong}))
-
-
-def test_errors_are_single_sentences_that_can_be_read():
-    with pytest.raises(ValueError, match=re.escape("(2, 2, 6, 7)") + "|8|7") as caught:
-        call({"k": zeros(2, 2, 6, 7)}, None)
-    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -108,6 +108,22 @@ def test_junk_seen_by_some_queries_stays_with_them(isa, junk):
         np.testing.assert_array_equal(got["dv"][:, :, others], expected["dv"][:, :, others])
 
 
+def test_logits_of_minus_infinity_from_allowed_keys(isa):
+    # Such keys weigh nothing beside others, even where they fill the first tiles; alone they are
+    # 0 / 0, which is not a number.
+    for sk, last in ((9, 5), (70, 64), (300, 257), (300, 299), (600, 512)):
+        p = problem(sk)
+        p.q[..., 0] = np.abs(p.q[..., 0]) + 1
+        p.k[:, :, :last, 0] = -np.inf
+        got, exact = fused(p, need=()), oracle(p)
+        assert np.isfinite(exact["out"]).all()
+        assert_same_kind(got, exact)
+        p.k[..., 0] = -np.inf
+        got, exact = fused(p, need=()), oracle(p)
+        assert np.isnan(exact["out"]).all()
+        assert_same_kind(got, exact)
+
+
 @pytest.mark.parametrize("junk", JUNK)
 def test_junk_at_a_masked_pair_of_the_bias(isa, junk):
     for sk in LENGTHS:

@@ -42,7 +42,7 @@ def test_every_pair_of_dims(isa, dtype, dv):
 def test_long(isa, causal, sq, sk):
     rules = {"is_causal": True, "q_offset": max(sk - sq, 0)} if causal else {}
     p = make(sizes(sq, sk, 64, 64, heads=(2, 1)), rules=rules)
-    assert_accurate(fused(p), p)
+    assert_accurate(fused(p), p, floor=1.0)
 
 
 @pytest.mark.parametrize(("dtype", "n"), [(np.float32, 400), (np.float64, 150)])

@@ -170,9 +170,12 @@ LIMIT = """
 import threadpoolctl, fusedattn
 with threadpoolctl.threadpool_limits(limits=1):
     print(fusedattn.get_num_threads())
+print(fusedattn.get_num_threads())
 """
 
 
-def test_threadpoolctl_is_honoured():
+@pytest.mark.parametrize("variable", ["FUSEDATTN_NUM_THREADS", "OMP_NUM_THREADS"])
+def test_threadpoolctl_is_honoured(variable):
     pytest.importorskip("threadpoolctl", reason="tests its limits")
-    assert run(LIMIT, FUSEDATTN_NUM_THREADS="2") == "1"
+    assert run(LIMIT, **{variable: "2"}) == "1\n2"
+    assert run("import fusedattn; fusedattn.get_num_threads()" + LIMIT, **{variable: "2"}) == "1\n2"
