@@ -6,6 +6,7 @@ import pytest
 from fusedattn.text import (
     Batch,
     Dataset,
+    cooccurrence_embeddings,
     fill_batches,
     hide_tokens,
     load_tokenizer,
@@ -135,3 +136,29 @@ def test_hidden_tokens(tokenizer):
     assert set(hidden.ids[changed].tolist()) == {mask}
     assert abs(changed[~special].mean() - 0.3) < 0.02
     assert not np.isin(batch.ids, mask).any()  # the batch given is unchanged
+
+
+def test_cooccurrence_brings_tokens_of_the_same_neighbours_together():
+    """Tokens 0-4 live among 10-14, tokens 5-9 among 15-19; 20 is never met."""
+    rng = np.random.default_rng(0)
+    sequences = []
+    for topic in rng.integers(0, 2, 400).tolist():
+        tokens = np.empty(8, np.int32)
+        tokens[0::2] = rng.integers(0, 5, 4) + 5 * topic
+        tokens[1::2] = rng.integers(10, 15, 4) + 5 * topic
+        sequences.append(tokens)
+    vectors = cooccurrence_embeddings(sequences, 21, 6)
+    assert vectors.shape == (21, 6)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.mean(vectors**2, axis=1), 1, rtol=1e-5)
+    cosine = vectors @ vectors.T / 6
+    within = min(cosine[:5, :5].min(), cosine[5:10, 5:10].min())
+    assert within > 0.5 > cosine[:5, 5:10].max() + 0.2
+    np.testing.assert_array_equal(cooccurrence_embeddings(sequences, 21, 6), vectors)
+
+
+def test_cooccurrence_with_nothing_to_count():
+    vectors = cooccurrence_embeddings([np.array([1], np.int32)], 4, 4)
+    assert np.isfinite(vectors).all()
+    with pytest.raises(ValueError, match=r"^width: expected 1 to vocab_size \(4\), got 5"):
+        cooccurrence_embeddings([], 4, 5)

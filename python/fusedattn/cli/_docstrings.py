@@ -33,11 +33,15 @@ class Passage(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The two parts of the passages, and the packages to tell apart, sorted."""
+    """The two parts of the passages, the packages to tell apart, sorted, and more text.
+
+    `other` holds the passages of the remaining packages: text of the same kind to learn words from.
+    """
 
     train: list[Passage]
     test: list[Passage]
     packages: list[str]
+    other: list[Passage]
 
 
 def read_docstrings(library: Path | None = None) -> Iterator[Passage]:
@@ -126,4 +130,5 @@ def docstring_task(max_packages: int = 20, seed: int = 0, library: Path | None =
         [p for p in train if p.package in packages],
         [p for p in test if p.package in packages],
         packages,
+        [p for p in passages if p.package not in packages],
     )

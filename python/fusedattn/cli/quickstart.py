@@ -119,6 +119,9 @@ def train_encoder(
 ) -> tuple[TextClassifier, TrainingResult]:
     """A tokenizer and a classifier trained on all of the task's training passages.
 
+    Word vectors start from counts of neighbours in the training passages and in those of the other
+    packages: with a few thousand labelled passages, most words are met too seldom to be learnt.
+
     Parameters
     ----------
     task : Task
@@ -129,7 +132,13 @@ def train_encoder(
         Where history.jsonl goes.
     """
     from fusedattn.encoder import Encoder, EncoderConfig, TextClassifier
-    from fusedattn.text import Dataset, hide_tokens, train_tokenizer
+    from fusedattn.text import (
+        Dataset,
+        cooccurrence_embeddings,
+        hide_tokens,
+        tokenize,
+        train_tokenizer,
+    )
     from fusedattn.train import Trainer, TrainingConfig
 
     texts, labels = columns(task.train)
@@ -142,6 +151,12 @@ def train_encoder(
         }
     )
     encoder = Encoder(config, tokenizer=tokenizer, seed=seed)
+    learning = Dataset.from_texts(tokenizer, texts, labels, task.packages)
+    encoder.params["embeddings"]["word"]["weight"][...] = cooccurrence_embeddings(
+        learning.sequences + tokenize(tokenizer, [p.text for p in task.other]),
+        config.vocab_size,
+        config.hidden_size,
+    )
     model = TextClassifier(encoder, task.packages, seed=seed)
     trainer = Trainer(
         model,
@@ -149,7 +164,7 @@ def train_encoder(
         augment=lambda batch, rng: hide_tokens(batch, HIDDEN_SHARE, tokenizer, rng),
         out_dir=out,
     )
-    return model, trainer.fit(Dataset.from_texts(tokenizer, texts, labels, task.packages))
+    return model, trainer.fit(learning)
 
 
 def baselines(task: Task) -> dict[str, list[str]]:
