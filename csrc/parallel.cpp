@@ -5,6 +5,8 @@
 // libgomp also hangs in a forked child. docs/design.md has the figures; -DFUSEDATTN_PARALLEL=openmp builds the other way.
 #include "parallel.h"
 
+#include "blas_threads.h"
+
 #include <pthread.h>
 #include <sched.h>
 
@@ -75,35 +77,34 @@ struct Job {
     }
 };
 
-#ifdef FUSEDATTN_PARALLEL_OPENMP
-
-void run(Job &job, int threads) {
-#pragma omp parallel num_threads(threads)
-    job.work(omp_get_thread_num() == 0);
-}
-
-#else
-
 class Pool {
   public:
-    void run(Job &job, int threads) {
+    // Runs the job on `threads` threads, the calling one among them. `all_at_once`: its tasks wait for each other, so every
+    // one must have a thread of its own; more threads are started if too few are free.
+    void run(Job &job, int threads, bool all_at_once) {
         {
             const std::lock_guard lock(mutex_);
             job.wanted = threads - 1;
-            jobs_.push_back(&job);
-            while (started_ < threads - 1) {
+            int free = started_;
+            if (all_at_once) {
+                free -= busy_;
+                for (const Job *other : urgent_) free -= other->wanted;
+            }
+            (all_at_once ? urgent_ : jobs_).push_back(&job);
+            for (; free < threads - 1; free++) {
                 std::thread([this] { serve(); }).detach();
                 started_++;
             }
+            epoch_.fetch_add(1, std::memory_order_release);
         }
         if (threads == 2)
             wake_.notify_one();
         else
             wake_.notify_all();
-        job.work(true);
+        job.work(!all_at_once);
         {
-            const std::lock_guard lock(mutex_);
-            jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));  // from here on nobody new can join
+            const std::lock_guard lock(mutex_);  // from here on nobody new can join
+            std::erase(all_at_once ? urgent_ : jobs_, &job);
         }
         for (int spins = 0; job.helping.load(std::memory_order_acquire) != 0; spins++) {
             if (spins < 2000)
@@ -115,8 +116,9 @@ class Pool {
 
   private:
     Job *find_job() {
-        for (Job *job : jobs_)
-            if (job->wanted > 0 && !job->exhausted()) return job;
+        for (const auto *queue : {&urgent_, &jobs_})
+            for (Job *job : *queue)
+                if (job->wanted > 0 && !job->exhausted()) return job;
         return nullptr;
     }
 
@@ -126,18 +128,25 @@ class Pool {
             Job *job;
             wake_.wait(lock, [&] { return (job = find_job()) != nullptr; });
             job->wanted--;
+            busy_++;
             job->helping.fetch_add(1, std::memory_order_relaxed);
+            const unsigned epoch = epoch_.load(std::memory_order_relaxed);
             lock.unlock();
             job->work(false);
             job->helping.fetch_sub(1, std::memory_order_release);
+            // The next call is often a few microseconds away; waking costs ten times that. Short enough to hurt nobody.
+            for (int spins = 0; spins < idle_spins && epoch_.load(std::memory_order_relaxed) == epoch; spins++) pause_cpu();
             lock.lock();
+            busy_--;
         }
     }
 
+    static constexpr int idle_spins = 3000;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::vector<Job *> jobs_;
-    int started_ = 0;
+    std::vector<Job *> jobs_, urgent_;
+    std::atomic<unsigned> epoch_{0};
+    int started_ = 0, busy_ = 0;
 };
 
 // Never destroyed: its threads may outlive static destructors. A forked child has none of them, so it starts a pool anew.
@@ -154,9 +163,16 @@ Pool &pool() {
     return *p;
 }
 
-void run(Job &job, int threads) { pool().run(job, threads); }
-
+void run(Job &job, int threads) {
+#ifdef FUSEDATTN_PARALLEL_OPENMP
+#pragma omp parallel num_threads(threads)
+    job.work(omp_get_thread_num() == 0);
+#else
+    static const bool shared = share_with_blas();
+    (void)shared;
+    pool().run(job, threads, false);
 #endif
+}
 
 int openmp_threads() {
 #ifdef FUSEDATTN_HAVE_OPENMP
@@ -206,6 +222,16 @@ bool parallel_for(index_t tasks, int threads, Loop &loop, void (*body)(void *, i
         run(job, threads);
     if (job.error) std::rethrow_exception(job.error);
     return !job.cancelled();
+}
+
+void run_all_at_once(int tasks, void (*body)(void *, index_t), void *context) {
+    Loop loop{};
+    Job job;
+    job.tasks = tasks;
+    job.body = body;
+    job.context = context;
+    job.loop = &loop;
+    pool().run(job, tasks, true);
 }
 
 void wait_for_turn(int *turn, int ordinal, const void *loop) {

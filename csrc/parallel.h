@@ -23,6 +23,9 @@ bool parallel_for(index_t tasks, int threads, Loop &loop, F &&body) {
     return parallel_for(tasks, threads, loop, [](void *f, index_t task) { (*static_cast<F *>(f))(task); }, &body);
 }
 
+// Runs `tasks` tasks that may wait for each other, each on a thread of its own.
+void run_all_at_once(int tasks, void (*body)(void *context, index_t task), void *context);
+
 // Lets a task wait until *turn equals ordinal; gives up when the loop is cancelled.
 void wait_for_turn(int *turn, int ordinal, const void *loop);
 
