@@ -98,14 +98,26 @@ bool attention_forward(const Call &c, Loop &loop) {
 
     Numbering numbering;
     for (std::size_t b = 0; b < std::size_t(c.batch); b++) numbering.add(c.heads * ceil_div(c.sq[b], step));
-    return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+    struct Place {
+        index_t b, h, g, begin, end;
+    };
+    const auto place = [&](index_t task) -> Place {
         const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
-        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks, g = h / (c.heads / c.kv_heads);
-        const index_t begin = (blocks - 1 - local % blocks) * step, end = std::min(begin + step, sq);  // causal: longest first
+        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks;
+        const index_t begin = (blocks - 1 - local % blocks) * step;  // causal: longest first
+        return {b, h, h / (c.heads / c.kv_heads), begin, std::min(begin + step, sq)};
+    };
+    return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+        const auto [b, h, g, begin, end] = place(task);
         const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * item_size(c.dtype);
-        const ForwardHead head{c.q.at(b, h), c.k.at(b, g), c.v.at(b, g), c.out.at(b, h),         c.lse + at, sq,
+        const ForwardHead head{c.q.at(b, h), c.k.at(b, g), c.v.at(b, g), c.out.at(b, h),         c.lse + at, c.sq[std::size_t(b)],
                                c.sk[std::size_t(b)], c.d,   c.d_v,        c.scale, c.rules(b, h)};
-        kernels.forward(head, begin, end, thread_scratch(kernels.forward_scratch(head, end - begin)));
+        NextQueries next{};
+        if (task + threads < numbering.total()) {
+            const Place p = place(task + threads);
+            next = {c.q.at(p.b, p.h), c.k.at(p.b, p.g), c.v.at(p.b, p.g), c.out.at(p.b, p.h), p.begin, p.end, p.b != b || p.g != g};
+        }
+        kernels.forward(head, begin, end, next, thread_scratch(kernels.forward_scratch(head, end - begin)));
     });
 }
 

@@ -10,6 +10,8 @@
 
 inline constexpr index_t KEY_BLOCK = 128;
 template <class T>
+inline constexpr int LINE = 64 / int(sizeof(T));  // elements in a cache line
+template <class T>
 inline constexpr int LANES = MAX_NJ * W<T>;  // queries in the widest sub-block
 
 // Up to LANES queries and their running softmax, in log2 units.
@@ -46,15 +48,21 @@ FA_INLINE void score_rest(int rows, Rows<T> k, const T *q, index_t d, T *p, Vec<
     }
 }
 
-// p[key][query] = k[key] . q[query] for n keys; the maximum over keys joins max_io.
+// p[key][query] = k[key] . q[query] for n keys; the maximum over keys joins max_io. Fetches the next keys and these values.
 template <class T, int NQ>
-FA_NOINLINE void scores(index_t n, Rows<T> k, const T *q, index_t d, T *p, T *max_io) {
+FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T *q, index_t d, index_t dv, T *p, T *max_io) {
     constexpr int NI = tile_rows<NQ>;
     Vec<T> max[NQ];
     FA_UNROLL
     for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
     index_t i = 0;
-    for (; i + NI <= n; i += NI) score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+    for (; i + NI <= n; i += NI) {
+        for (index_t r = 0; r < NI; r++) {
+            for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (i + NI + r) * k.ld + c);
+            for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
+        }
+        score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+    }
     if (i < n) score_rest<T, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
     FA_UNROLL
     for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
@@ -62,7 +70,7 @@ FA_NOINLINE void scores(index_t n, Rows<T> k, const T *q, index_t d, T *p, T *ma
 
 // P = exp2(S - max) in place, with the running maximum and sum; rescale = what the sums so far must be multiplied by.
 template <class T, int NQ>
-FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T *sum_io, T *rescale) {
+FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T *sum_io, T *rescale, Ahead &ahead) {
     Vec<T> max[NQ], sum[NQ];
     FA_UNROLL
     for (int j = 0; j < NQ; j++) {
@@ -75,6 +83,7 @@ FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T 
     }
 #pragma GCC unroll 1
     for (index_t i = 0; i < n; i++) {
+        fetch_ahead(ahead);
         FA_UNROLL
         for (int j = 0; j < NQ; j++) {
             T *at = p + (i * NQ + j) * W<T>;
@@ -211,7 +220,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool us
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class T, int NQ>
 FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, Rows<T> v, index_t block, index_t k0, index_t k1,
-                               T *p, T *tile) {
+                               T *p, T *tile, Ahead &ahead) {
     const index_t lanes = NQ * W<T>;
     bool use_mask = h.rules.mask.data != nullptr;
     if (use_mask) {
@@ -234,18 +243,19 @@ FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, R
         T *pr = p + (a - k0) * lanes;
         dense[r] = dense_tile<T>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
         const bool plain = !dense[r].data;
-        scores<T, NQ>(n, {k.data + (a - block) * k.ld, k.ld}, x.q, h.d, pr, plain ? block_max : ignored);
+        const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
+        scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain ? block_max : ignored);
         if (plain) {
             FA_UNROLL
             for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
         } else {
             add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
-            careful |= !all_finite<T>({v.data + (a - block) * v.ld, v.ld}, n, h.dv);
+            careful |= !all_finite<T>(vr, n, h.dv);
         }
     }
 
     // 2. P = exp2(S - max), running maximum and sum
-    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale);
+    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
 
     // 3. O = O * rescale + P V
     const Rows<T> vb{v.data + (k0 - block) * v.ld, v.ld};
@@ -282,7 +292,7 @@ static size_t forward_scratch(const ForwardHead &h, index_t queries) {
 }
 
 template <class T>
-static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, void *scratch) {
+static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const NextQueries &next, void *scratch) {
     char *free = static_cast<char *>(scratch);
     const bool k_in_place = is_native_and_fast<T>(h.k), v_in_place = is_native_and_fast<T>(h.v);
     T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
@@ -311,6 +321,17 @@ static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, void *
         q += x.count;
     }
 
+    // Lines to fetch for the next task, spread over this one's keys.
+    const index_t q_bytes = h.d * index_t(sizeof(T)), v_bytes = h.dv * index_t(sizeof(T));
+    Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes), stream_of(next.out, next.begin, next.end, v_bytes),
+                 stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
+                 stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
+                0};
+    index_t lines = 0;
+    for (const Stream &s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
+    const index_t steps = n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK);
+    ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
+
     // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not depend on its neighbours.
     for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
         const index_t end = min_index(block + KEY_BLOCK, any.high);
@@ -320,11 +341,11 @@ static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, void *
             Queries<T> &x = subs[s];
             const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
             if (k0 >= k1) continue;
-            if (x.vectors == 1) forward_block<T, 1>(h, x, k, v, block, k0, k1, p, tile);
-            if (x.vectors == 2) forward_block<T, 2>(h, x, k, v, block, k0, k1, p, tile);
+            if (x.vectors == 1) forward_block<T, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
+            if (x.vectors == 2) forward_block<T, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
             if constexpr (MAX_NJ >= 4) {
-                if (x.vectors == 3) forward_block<T, 3>(h, x, k, v, block, k0, k1, p, tile);
-                if (x.vectors == 4) forward_block<T, 4>(h, x, k, v, block, k0, k1, p, tile);
+                if (x.vectors == 3) forward_block<T, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
+                if (x.vectors == 4) forward_block<T, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
             }
         }
     }

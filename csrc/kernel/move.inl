@@ -124,6 +124,38 @@ FA_INLINE Rows<T> rows_at(const Matrix &m, index_t r0, index_t rows, index_t col
     return {scratch, scratch_ld};
 }
 
+// Fetches rows into the caches, a few lines at a time, while something else computes.
+struct Stream {
+    const char *row;
+    index_t step, line, line_end, rows;
+
+    FA_INLINE_MEMBER void fetch() {
+        if (rows <= 0) return;
+        prefetch_far(row + line);
+        line += 64;
+        if (line >= line_end) {
+            line = 0;
+            row += step;
+            rows--;
+        }
+    }
+};
+FA_INLINE Stream stream_of(const Matrix &m, index_t begin, index_t end, index_t row_bytes) {
+    return {m.data + begin * m.row, m.row, 0, row_bytes, m.data ? end - begin : 0};
+}
+
+// What the next task will read, fetched during this one's exponentials: `burst` lines of each stream for every key.
+struct Ahead {
+    Stream stream[4];
+    index_t burst;
+};
+FA_INLINE void fetch_ahead(Ahead &a) {
+    for (index_t b = 0; b < a.burst; b++) {
+        FA_UNROLL
+        for (int i = 0; i < 4; i++) a.stream[i].fetch();
+    }
+}
+
 // Is every element finite? x * 0 is 0 for finite x and NaN otherwise.
 template <class T>
 FA_NOINLINE bool all_finite(Rows<T> m, index_t rows, index_t cols) {

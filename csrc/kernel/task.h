@@ -34,6 +34,13 @@ struct ForwardHead {
     Rules rules;
 };
 
+// Queries [begin, end) of the head that the same thread is likely to compute next; begin == end: nothing to fetch ahead.
+struct NextQueries {
+    Matrix q, k, v, out;
+    index_t begin, end;
+    bool new_keys;  // k and v are not those of the current head
+};
+
 // One key/value head with the `group` query heads that share it.
 struct BackwardHead {
     Matrix k, v, dk, dv;        // dk.data, dv.data null: not needed
@@ -68,7 +75,7 @@ struct Kernels {
     index_t back_queries;  // backward: queries in a block, the unit of `turns`
     index_t back_keys;     // backward: keys in a block, the unit of its tasks
     std::size_t (*forward_scratch)(const ForwardHead &, index_t queries);
-    void (*forward)(const ForwardHead &, index_t q_begin, index_t q_end, void *scratch);
+    void (*forward)(const ForwardHead &, index_t q_begin, index_t q_end, const NextQueries &, void *scratch);
     void (*delta)(const DeltaHead &, index_t q_begin, index_t q_end);
     std::size_t (*backward_scratch)(const BackwardHead &);
     void (*backward)(const BackwardHead &, index_t key_block, void *scratch);

@@ -2,6 +2,7 @@
 // The file that includes this sets FUSEDATTN_VECTOR_BYTES (16, 32, 64) and FUSEDATTN_REGISTERS (16, 32).
 
 #define FA_INLINE static inline __attribute__((always_inline))
+#define FA_INLINE_MEMBER inline __attribute__((always_inline))
 #define FA_NOINLINE static __attribute__((noinline))
 #define FA_UNROLL _Pragma("GCC unroll 16")
 
@@ -138,7 +139,8 @@ FA_INLINE void keep_in_register(V &v) {
     (void)v;
 }
 
-FA_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+FA_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
+FA_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // Compile-time integer sequence; std's would do, but kernels use nothing of std.
 template <int... I>
