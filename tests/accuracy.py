@@ -52,10 +52,10 @@ class Problem:
         return x.swapaxes(-2, -3) if self.layout == "bshd" else x
 
 
-def fused(
-    p: Problem, need: Sequence[str] = ("q", "k", "v"), **options: Any
-) -> dict[str, np.ndarray]:
-    """Results of the kernel under test, forward and the gradients in ``need``."""
+def fused(p: Problem, need: Sequence[str] | None = None, **options: Any) -> dict[str, np.ndarray]:
+    """Results of the kernel under test, forward and the gradients in ``need``, by default all."""
+    if need is None:
+        need = ("q", "k", "v", "bias") if "bias" in p.rules else ("q", "k", "v")
     options = p.options | options
     out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True, **options)
     results = {"out": out, "lse": lse}
@@ -165,7 +165,11 @@ def rounding(p: Problem) -> dict[str, float]:
         "dv": x.group * product2(_t(weight2), _t(x.p), dout),
     }
     if "bias" in p.rules:
+        # So they do here, over the keys along which the bias was broadcast.
+        keys = (*x.p.shape[:-1], *bias.shape[-1:])
+        row2 = delta2 * _reduce_to(x.p, keys) ** 2 + lse2 * _reduce_to(ds, keys) ** 2
         squares["dbias"] = _reduce_to(ds2, bias.shape) + _reduce_to(ds, bias.shape) ** 2
+        squares["dbias"] = squares["dbias"] + _reduce_to(row2, bias.shape)
     return {name: float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
 
 

@@ -1,5 +1,7 @@
 """Promise 4: for one instruction set the same bits, whatever the threads and the company."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,15 @@ def test_packed_or_padded(isa, rules, layout):
     silent = fused(p)
     np.testing.assert_array_equal(grads.dk, pack(silent["dk"]))
     np.testing.assert_array_equal(grads.dv, pack(silent["dv"]))
+
+
+@pytest.mark.parametrize("kept", list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize(("sq", "sk"), [(300, 300), (700, 40), (40, 700)])
+def test_bias_gradient(isa, sq, sk, kept):
+    # Many tasks add to the same elements where the bias is broadcast.
+    p = problem(((3,), 4, 2, sq, sk, 16), {})
+    shape = tuple(n if keep else 1 for n, keep in zip((3, 4, sq, sk), kept, strict=True))
+    p.rules["bias"] = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    expected = fused(p, num_threads=1)
+    for num_threads in (2, 3, 2, 3, 2):
+        assert_same_bits(fused(p, num_threads=num_threads), expected)
