@@ -8,7 +8,7 @@ import pytest
 
 from fusedattn import get_num_threads
 from fusedattn.bench import CASES, Problem, contenders
-from fusedattn.bench.contenders import disagreement
+from fusedattn.bench.implementations import disagreement
 
 PAIRS = [(name, direction) for name, case in CASES.items() for direction in case.directions]
 AGREE = 2.0  # in the unit of disagreement(): both sides may be off by one

@@ -7,7 +7,7 @@ two), however much more an implementation chooses to compute.
 """
 
 from fusedattn.bench.cases import CASES, Case, Problem
-from fusedattn.bench.contenders import Contender, contenders
+from fusedattn.bench.implementations import Contender, contenders
 from fusedattn.bench.timing import Limits, Result, measure
 
 __all__ = ["CASES", "Case", "Contender", "Limits", "Problem", "Result", "contenders", "measure"]

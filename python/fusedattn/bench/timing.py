@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from fusedattn.bench.cases import Case
-from fusedattn.bench.contenders import Contender
+from fusedattn.bench.implementations import Contender
 
 __all__ = ["Limits", "Result", "interleave", "measure"]
 

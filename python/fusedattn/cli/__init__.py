@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] == "fusedattn":
             raise
         parser.exit(1, f"fusedattn: this command needs the package {error.name!r}: {_HINT}\n")
+    except (ValueError, OSError) as error:  # what the user gave: an environment variable, a file
+        parser.exit(1, f"fusedattn: {error}\n")
     return status
 
 
@@ -78,4 +80,5 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from fusedattn import __version__
 
-        parser.exit(message=f"fusedattn {__version__}\n")
+        print(f"fusedattn {__version__}")
+        parser.exit()

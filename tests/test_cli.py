@@ -1,0 +1,132 @@
+"""The command line: what each command prints, and how wrong use ends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fusedattn
+from fusedattn.bench import CASES, Case
+from fusedattn.cli import COMMANDS, main
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fusedattn {fusedattn.__version__}\n"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: fusedattn {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"]])
+def test_wrong_use_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    facts = fusedattn.cpu_info()
+    assert fusedattn.__version__ in shown
+    assert all(name in shown for name in facts["isas_built"])
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["isa"] == facts["isa"]
+    assert found["version"] == fusedattn.__version__
+
+
+def test_an_unknown_instruction_set_is_one_clear_line():
+    code = "import sys; from fusedattn.cli import main; sys.exit(main(['info']))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FUSEDATTN_ISA": "abacus"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("fusedattn: FUSEDATTN_ISA")
+    assert "'abacus'" in answer.stderr
+    assert "baseline" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    def needs_tokenizers(options):
+        raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
+
+    monkeypatch.setattr("fusedattn.cli.info.run", needs_tokenizers)
+    with pytest.raises(SystemExit) as end:
+        main(["info"])
+    assert end.value.code == 1
+    assert "'tokenizers'" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusedattn.cli.info.run", interrupted)
+    assert main(["info"]) == 130
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(CASES, "tiny", Case("tiny", 1, 2, 16, 16, 8, causal=True))
+    return "tiny"
+
+
+def test_bench_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    arguments = ["bench", "--quick", "--threads", "1", "--cases", tiny]
+    assert main([*arguments, "--json", str(figures), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    rows = [line.split() for line in shown.out.splitlines() if line.startswith("tiny")]
+    assert [row[6] for row in rows] == ["forward", "backward"]
+    assert shown.err == ""  # no progress where nobody looks
+    written = json.loads(figures.read_text())
+    assert written["about"]["threads"] == 1
+    for result in written["results"]:
+        assert result["case"]["name"] == "tiny"
+        assert len(result["contenders"]["fusedattn"]["samples_s"]) >= 3
+        assert result["peak_flops_per_s"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--threads", "0"], "must be at least 1, got 0"),
+        (["--threads", "many"], "many"),
+        (["--cases", "nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_bench_refuses(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *arguments])
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_neighbour_goes_alone(capsys):
+    assert main(["bench", "--neighbour", "--threads", "2"]) == 2
+    assert "--neighbour goes with" in capsys.readouterr().err
