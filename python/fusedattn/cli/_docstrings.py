@@ -2,7 +2,10 @@
 
 Every Python installation carries this text. Passages are divided by module file, so that no file
 has passages on both sides; a passage that occurs twice is kept once, and one that occurs in two
-packages not at all.
+packages not at all. A package that is one file, or almost, cannot be divided so and is no class.
+
+It is not an easy task: a test file is about something that no training file is about, and a third
+of the passages are a single line.
 """
 
 from __future__ import annotations

@@ -34,12 +34,13 @@ ENCODER = {
     "norm_first": True,
 }
 TRAINING: dict[str, Any] = {
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "weight_decay": 0.01,
     "label_smoothing": 0.1,
 }
 HIDDEN_SHARE = 0.3  # of the words, in each training batch: the model must not lean on one of them
-EPOCHS = 15
+WORD_SCALE = 0.5  # of the first word vectors: the larger, the less a step can change them
+EPOCHS = 8
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,7 +153,7 @@ def train_encoder(
     )
     encoder = Encoder(config, tokenizer=tokenizer, seed=seed)
     learning = Dataset.from_texts(tokenizer, texts, labels, task.packages)
-    encoder.params["embeddings"]["word"]["weight"][...] = cooccurrence_embeddings(
+    encoder.params["embeddings"]["word"]["weight"][...] = WORD_SCALE * cooccurrence_embeddings(
         learning.sequences + tokenize(tokenizer, [p.text for p in task.other]),
         config.vocab_size,
         config.hidden_size,
