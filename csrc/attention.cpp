@@ -12,8 +12,9 @@
 namespace fusedattn {
 namespace {
 
-const Kernels &kernels_of(DType dtype) { return dtype == DType::float32 ? kernel_table().f32 : kernel_table().f64; }
-index_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
+const Kernels &kernels_of(DType dtype) { return kernel_table().kernels[int(dtype)]; }
+index_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+bool is_narrow(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
 index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 
 // Query-key pairs that are computed, about.
@@ -53,32 +54,48 @@ bool has_duplicates(std::vector<index_t> v) {
     return std::adjacent_find(v.begin(), v.end()) != v.end();
 }
 
-// 1. of backward: delta and lse2 for every query, dq set to zero.
+// What backward keeps for every query: delta, lse2 and, for 16-bit types, the sums that become dq.
 struct Statistics {
-    std::unique_ptr<char[]> data;
+    std::unique_ptr<char[]> data, dq_data;
     char *lse2, *delta;
+    Tensor dq;
 };
 
-bool compute_statistics(const Call &c, const Kernels &kernels, Loop &loop, int threads, Statistics &s) {
-    index_t elements = 0;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++)
-        elements = std::max(elements, c.lse_batch[b] + (c.heads - 1) * c.lse_head + c.sq[b]);
-    const std::size_t bytes = std::size_t(elements * item_size(c.dtype));
-    s.data = std::make_unique_for_overwrite<char[]>(2 * bytes);
-    s.lse2 = s.data.get();
-    s.delta = s.data.get() + bytes;
+// Runs body(b, h, begin, end) over ranges of queries.
+template <class F>
+bool over_queries(const Call &c, int threads, Loop &loop, F &&body) {
     constexpr index_t rows = 256;
     Numbering numbering;
     for (std::size_t b = 0; b < std::size_t(c.batch); b++) numbering.add(c.heads * ceil_div(c.sq[b], rows));
-    return run_tasks(numbering.total(), 4.0 * double(elements) * double(c.d_v + c.d), threads, loop, [&](index_t task) {
+    const double flops = 4.0 * double(numbering.total() * rows) * double(c.d_v + c.d);
+    return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
         const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
-        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, rows), h = local / blocks;
-        const index_t begin = local % blocks * rows, end = std::min(begin + rows, sq);
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * item_size(c.dtype);
+        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, rows), begin = local % blocks * rows;
+        body(b, local / blocks, begin, std::min(begin + rows, sq));
+    });
+}
+
+// 1. of backward: the statistics, dq set to zero.
+bool compute_statistics(const Call &c, const Kernels &kernels, Loop &loop, int threads, Statistics &s) {
+    const index_t size = compute_size(c.dtype);
+    index_t elements = 0;
+    for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+        elements = std::max(elements, c.lse_batch[b] + (c.heads - 1) * c.lse_head + c.sq[b]);
+    s.data = std::make_unique_for_overwrite<char[]>(std::size_t(2 * elements * size));
+    s.lse2 = s.data.get();
+    s.delta = s.data.get() + elements * size;
+    s.dq = c.dq;
+    if (c.dq.data && is_narrow(c.dtype)) {
+        s.dq_data = std::make_unique_for_overwrite<char[]>(std::size_t(elements * c.d * size));
+        s.dq = {s.dq_data.get(), {}, c.lse_head * c.d * size, c.d * size, size};
+        for (const index_t o : c.lse_batch) s.dq.batch.push_back(o * c.d * size);
+    }
+    return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
+        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
         kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, s.lse2 + at, s.delta + at, c.d_v}, begin, end);
-        const Matrix dq = c.dq.at(b, h);
+        const Matrix dq = s.dq.at(b, h);
         if (dq.data)
-            for (index_t q = begin; q < end; q++) std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * item_size(c.dtype)));
+            for (index_t q = begin; q < end; q++) std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * size));
     });
 }
 
@@ -109,7 +126,7 @@ bool attention_forward(const Call &c, Loop &loop) {
     };
     return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
         const auto [b, h, g, begin, end] = place(task);
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * item_size(c.dtype);
+        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
         const ForwardHead head{c.q.at(b, h), c.k.at(b, g), c.v.at(b, g), c.out.at(b, h),         c.lse + at, c.sq[std::size_t(b)],
                                c.sk[std::size_t(b)], c.d,   c.d_v,        c.scale, c.rules(b, h)};
         NextQueries next{};
@@ -144,13 +161,16 @@ bool attention_backward(const Call &c, Loop &loop) {
         turns.add(c.heads * query_blocks(b));
         most = std::max(most, query_blocks(b));
     }
-    std::unique_ptr<int[]> turn;
-    if (!by_head && threads > 1) turn = std::make_unique<int[]>(std::size_t(shared_bias ? most : turns.total()));
+    std::unique_ptr<int[]> dq_turns, bias_turns;
+    if (!by_head && threads > 1) {
+        dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
+        if (shared_bias) bias_turns = std::make_unique<int[]>(std::size_t(most + 1));
+    }
 
-    return run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
+    const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
         const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)], blocks = key_blocks(b);
         const index_t kv = by_head ? local : local / blocks, h = kv * group;
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * item_size(c.dtype);
+        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
         BackwardHead head{};
         head.k = c.k.at(b, kv);
         head.v = c.v.at(b, kv);
@@ -158,11 +178,11 @@ bool attention_backward(const Call &c, Loop &loop) {
         head.dv = c.dv.at(b, kv);
         head.q = c.q.at(b, h);
         head.dout = c.dout.at(b, h);
-        head.dq = c.dq.at(b, h);
+        head.dq = statistics.dq.at(b, h);
         head.dbias = c.dbias.at(b, h);
         head.q_head = c.q.head;
         head.dout_head = c.dout.head;
-        head.dq_head = c.dq.head;
+        head.dq_head = statistics.dq.head;
         head.dbias_head = c.dbias.head;
         head.mask_head = c.mask.head;
         head.bias_head = c.bias.head;
@@ -184,15 +204,13 @@ bool attention_backward(const Call &c, Loop &loop) {
             return;
         }
         const index_t block = local % blocks;
-        if (shared_bias) {
-            head.turns = turn.get();
-            head.ordinal = int(task * group);
-        } else if (turn) {
-            head.turns = turn.get() + turns.first[std::size_t(b)] + h * query_blocks(b);
-            head.turn_head = query_blocks(b);
-            head.ordinal = int(block);
-        }
+        if (dq_turns) head.dq_turns = {dq_turns.get() + turns.first[std::size_t(b)] + h * query_blocks(b), query_blocks(b), int(block)};
+        if (bias_turns) head.bias_turns = {bias_turns.get(), 0, int(task * group)};
         kernels.backward(head, block, scratch);
+    });
+    if (!done || !statistics.dq_data) return done;
+    return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
+        kernels.round(statistics.dq.at(b, h).data, c.dq.at(b, h), begin, end, c.d);
     });
 }
 

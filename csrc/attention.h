@@ -8,8 +8,6 @@
 
 namespace fusedattn {
 
-enum class DType { float32, float64 };
-
 // A tensor seen as (batch, head, row, column); strides in bytes. data null: not given.
 struct Tensor {
     char *data = nullptr;
@@ -29,7 +27,7 @@ struct Call {
     std::vector<index_t> sq, sk, q_offset, kv_length;
     Tensor q, k, v, out;
     Tensor mask, bias;
-    Tensor dout, dq, dk, dv, dbias;   // backward; data null: gradient not needed
+    Tensor dout, dq, dk, dv, dbias;   // backward; data null: gradient not needed; dbias in the compute type, zeroed
     char *lse = nullptr;              // element (b, h, i) at lse_batch[b] + h * lse_head + i, in elements
     std::vector<index_t> lse_batch;
     index_t lse_head = 0;

@@ -11,7 +11,7 @@ struct Request {
     Call call;
     py::array q, k, v;   // kept alive
     std::vector<py::array> others;
-    py::dtype dtype;
+    py::dtype dtype, lse_dtype;
     Shape lead, out_shape, lse_shape;
     Axes q_axes, k_axes;
     index_t lse_rows = 0;  // queries in a row of lse
@@ -32,6 +32,7 @@ void take_qkv(Request &r, py::handle q, py::handle k, py::handle v, bool bshd) {
     Call &c = r.call;
     c.dtype = dtype_of("q", r.q);
     r.dtype = r.q.dtype();
+    r.lse_dtype = c.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
     same_dtype("k", r.k, r);
     same_dtype("v", r.v, r);
     const int n = int(r.q.ndim());
@@ -47,7 +48,8 @@ void take_qkv(Request &r, py::handle q, py::handle k, py::handle v, bool bshd) {
     r.q_axes = r.k_axes = x;
     r.lead = n < 3 ? Shape{} : Shape(r.q.shape(), r.q.shape() + n - 3);
     c.batch = 1;
-    for (const index_t l : r.lead) c.batch *= l;
+    for (const index_t l : r.lead)
+        if ((c.batch *= l) > index_t(1) << 28) wrong_value("q", "at most 2**28 samples", "shape " + text_of(shape_of(r.q)));
     c.heads = heads_of(r.q, x);
     c.kv_heads = heads_of(r.k, x);
     c.d = index_t(r.q.shape(x.col));
@@ -65,9 +67,9 @@ void take_qkv(Request &r, py::handle q, py::handle k, py::handle v, bool bshd) {
     r.out_shape[std::size_t(x.col)] = c.d_v;
 }
 
-void take_common(Request &r, py::handle scale, bool is_causal, py::handle num_threads) {
+void take_common(Request &r, py::handle scale, py::handle is_causal, py::handle num_threads) {
     r.call.scale = scale.is_none() ? 1.0 / std::sqrt(double(r.call.d)) : finite_number("scale", scale);
-    r.call.is_causal = is_causal;
+    r.call.is_causal = truth_of("is_causal", is_causal);
     r.call.threads = threads_of(num_threads);
 }
 
@@ -79,8 +81,8 @@ void take_offsets(Request &r, py::handle q_offset) {
 }
 
 // Rectangular calls: every sample has the same lengths.
-Request rectangular(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, bool is_causal, py::handle q_offset,
-                    py::handle scale, py::handle kv_lengths, const std::string &layout, py::handle num_threads) {
+Request rectangular(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle is_causal, py::handle q_offset,
+                    py::handle scale, py::handle kv_lengths, py::handle layout, py::handle num_threads) {
     Request r;
     Call &c = r.call;
     take_qkv(r, q, k, v, is_bshd(layout));
@@ -135,7 +137,7 @@ std::vector<index_t> cumulative(const char *name, py::handle object, index_t tot
 }
 
 // Packed calls: sample b is rows [cu[b], cu[b + 1]) of (T, H, D).
-Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q, py::handle cu_seqlens_k, bool is_causal,
+Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle is_causal,
                py::handle q_offset, py::handle scale, py::handle num_threads) {
     Request r;
     Call &c = r.call;
@@ -191,8 +193,7 @@ py::array take_out(const Request &r, py::handle out) {
         if (overlaps(*b)) wrong_value("out", "memory of its own", std::string("an array that overlaps ") + name);
     for (const py::array &b : r.others)
         if (overlaps(b)) wrong_value("out", "memory of its own", "an array that overlaps mask or bias");
-    for (py::ssize_t i = 0; i < a.ndim(); i++)
-        if (a.shape(i) > 1 && a.strides(i) == 0) wrong_value("out", "distinct elements", "an array that overlaps itself");
+    if (overlaps_itself(a)) wrong_value("out", "distinct elements", "an array that overlaps itself");
     return a;
 }
 
@@ -214,7 +215,7 @@ void run_without_gil(F &&f) {
 
 py::object forward(Request &r, py::handle out, bool return_lse) {
     const py::array o = take_out(r, out);
-    const py::array lse = allocate("lse", r.dtype, r.lse_shape);
+    const py::array lse = allocate("lse", r.lse_dtype, r.lse_shape);
     r.call.out = like(r, o, r.q_axes, r.call.q, r.call.q.row);
     r.call.lse = static_cast<char *>(const_cast<void *>(lse.data()));
     kernel_table();
@@ -223,9 +224,9 @@ py::object forward(Request &r, py::handle out, bool return_lse) {
     return o;
 }
 
-py::array input_like(const Request &r, const char *name, py::handle object, const Shape &shape) {
+py::array input_like(const char *name, py::handle object, const py::dtype &dtype, const Shape &shape) {
     py::array a = array_of(name, object);
-    same_dtype(name, a, r);
+    if (!a.dtype().equal(dtype)) wrong_type(name, py::str(dtype).cast<std::string>(), dtype_name(a));
     if (shape_of(a) != shape) wrong_value(name, "shape " + text_of(shape), text_of(shape_of(a)));
     return a;
 }
@@ -233,8 +234,8 @@ py::array input_like(const Request &r, const char *name, py::handle object, cons
 py::tuple backward(Request &r, py::handle dout, py::handle out, py::handle lse, bool need_q, bool need_k, bool need_v, bool need_bias,
                    py::handle bias) {
     Call &c = r.call;
-    const py::array d = input_like(r, "dout", dout, r.out_shape), o = input_like(r, "out", out, r.out_shape);
-    const py::array l = py::module_::import("numpy").attr("ascontiguousarray")(input_like(r, "lse", lse, r.lse_shape));
+    const py::array d = input_like("dout", dout, r.dtype, r.out_shape), o = input_like("out", out, r.dtype, r.out_shape);
+    const py::array l = py::module_::import("numpy").attr("ascontiguousarray")(input_like("lse", lse, r.lse_dtype, r.lse_shape));
     c.dout = like(r, d, r.q_axes, c.q, c.q.row);
     c.out = like(r, o, r.q_axes, c.q, c.q.row);
     c.lse = static_cast<char *>(const_cast<void *>(l.data()));
@@ -250,7 +251,7 @@ py::tuple backward(Request &r, py::handle dout, py::handle out, py::handle lse, 
     if (need_bias) {
         if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
         const py::array b = array_of("bias", bias);
-        py::array g = py::module_::import("numpy").attr("zeros")(py::cast(shape_of(b)), r.dtype);
+        py::array g = py::module_::import("numpy").attr("zeros")(py::cast(shape_of(b)), r.lse_dtype);  // summed in the compute type
         Shape scores = r.lse_shape;
         scores.push_back(c.sk.empty() ? 0 : c.sk[0]);
         c.dbias = broadcast_tensor("bias", g, scores);
@@ -258,6 +259,7 @@ py::tuple backward(Request &r, py::handle dout, py::handle out, py::handle lse, 
     }
     kernel_table();
     run_without_gil([&](Loop &loop) { return attention_backward(c, loop); });
+    if (need_bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
     return py::make_tuple(dq, dk, dv, dbias);
 }
 
@@ -286,21 +288,21 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     m.attr("__version__") = FUSEDATTN_VERSION;
 
     using H = py::handle;
-    m.def("attention", [](H q, H k, H v, H mask, H bias, bool is_causal, H q_offset, H scale, H kv_lengths, const std::string &layout,
+    m.def("attention", [](H q, H k, H v, H mask, H bias, H is_causal, H q_offset, H scale, H kv_lengths, H layout,
                           H out, H num_threads, bool return_lse) {
         Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout, num_threads);
         return forward(r, out, return_lse);
     });
-    m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, H mask, H bias, bool is_causal, H q_offset, H scale, H kv_lengths,
-                                   const std::string &layout, H num_threads, bool need_q, bool need_k, bool need_v, bool need_bias) {
+    m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, H mask, H bias, H is_causal, H q_offset, H scale, H kv_lengths,
+                                   H layout, H num_threads, bool need_q, bool need_k, bool need_v, bool need_bias) {
         Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout, num_threads);
         return backward(r, dout, out, lse, need_q, need_k, need_v, need_bias, bias);
     });
-    m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, bool is_causal, H q_offset, H scale, H out, H num_threads, bool return_lse) {
+    m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, H is_causal, H q_offset, H scale, H out, H num_threads, bool return_lse) {
         Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
         return forward(r, out, return_lse);
     });
-    m.def("attention_varlen_backward", [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, bool is_causal, H q_offset, H scale,
+    m.def("attention_varlen_backward", [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
                                           H num_threads, bool need_q, bool need_k, bool need_v) {
         Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
         return backward(r, dout, out, lse, need_q, need_k, need_v, false, py::none());

@@ -6,8 +6,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -48,12 +51,9 @@ inline DType dtype_of(const char *name, const py::array &a) {
     const bool native = t.byteorder() == '=' || t.byteorder() == '|';
     if (t.kind() == 'f' && native && t.itemsize() == 4) return DType::float32;
     if (t.kind() == 'f' && native && t.itemsize() == 8) return DType::float64;
-    const std::string label = py::str(t).cast<std::string>();
-    if ((t.kind() == 'f' && native && t.itemsize() == 2) || label == "bfloat16") {
-        PyErr_Format(PyExc_NotImplementedError, "%s: dtype %s is not implemented yet; expected float32 or float64", name, label.c_str());
-        throw py::error_already_set();
-    }
-    wrong_type(name, "native-endian float32 or float64", dtype_name(a));
+    if (t.kind() == 'f' && native && t.itemsize() == 2) return DType::float16;
+    if (native && t.itemsize() == 2 && py::str(t).cast<std::string>() == "bfloat16") return DType::bfloat16;
+    wrong_type(name, "native-endian float32, float64, float16 or bfloat16 (ml_dtypes)", dtype_name(a));
 }
 
 inline Shape shape_of(const py::array &a) { return Shape(a.shape(), a.shape() + a.ndim()); }
@@ -143,9 +143,32 @@ inline double finite_number(const char *name, py::handle object) {
     return x;
 }
 
-inline bool is_bshd(const std::string &layout) {
-    if (layout != "bhsd" && layout != "bshd") wrong_value("layout", "'bhsd' or 'bshd'", "'" + layout + "'");
-    return layout == "bshd";
+inline bool is_bshd(py::handle layout) {
+    if (!py::isinstance<py::str>(layout)) wrong_type("layout", "'bhsd' or 'bshd'", type_name(layout));
+    const auto text = layout.cast<std::string>();
+    if (text != "bhsd" && text != "bshd") wrong_value("layout", "'bhsd' or 'bshd'", "'" + text + "'");
+    return text == "bshd";
+}
+
+inline bool truth_of(const char *name, py::handle object) {
+    if (object.ptr() == Py_True || object.ptr() == Py_False) return object.ptr() == Py_True;
+    if (type_name(object).find("numpy.bool") != 0) wrong_type(name, "True or False", type_name(object));
+    return PyObject_IsTrue(object.ptr()) == 1;
+}
+
+// Could two elements share memory? Yes if, strides sorted, one is less than the extent of those below it (some layouts that
+// interleave without sharing are refused too; nobody allocates such an output by accident).
+inline bool overlaps_itself(const py::array &a) {
+    std::vector<std::pair<index_t, index_t>> axes;  // |stride|, length
+    for (py::ssize_t i = 0; i < a.ndim(); i++)
+        if (a.shape(i) > 1) axes.emplace_back(std::abs(index_t(a.strides(i))), index_t(a.shape(i)));
+    std::sort(axes.begin(), axes.end());
+    index_t extent = index_t(a.itemsize());
+    for (const auto &[stride, length] : axes) {
+        if (stride < extent) return a.size() > 0;
+        extent += stride * (length - 1);
+    }
+    return false;
 }
 
 inline int threads_of(py::handle object) {

@@ -8,8 +8,8 @@
 // Keys lie in the lanes: K^T and V^T are packed once for the block, rows of q and dout are broadcast from where they are, and
 // the three gradient products read P and dS by broadcast and land in natural layout. Five products of BK * BQ * d for
 // 2 * BK * d packed elements and 4 * BK * BQ stored and re-read ones.
-// Every element of a gradient is one chain of additions, queries (dk, dv) or keys (dq) ascending: its bits depend neither on
-// the tiles nor on the number of threads.
+// Every element of a gradient is the sum of one chain a block, blocks of queries (dk, dv) or keys (dq) ascending: its bits
+// depend neither on the tiles nor on the number of threads.
 
 inline constexpr index_t BACK_KEYS = 64, BACK_QUERIES = 64, STRIP = 16;
 
@@ -27,6 +27,7 @@ struct BackwardBlock {
     T *k;                // (BACK_KEYS, ld) K * scale
     T *p, *ds, *dense;   // (BACK_QUERIES, BACK_KEYS)
     T *q_copy, *dout_copy, *dk, *dv;
+    T *dbias;            // (BACK_KEYS) if the bias is broadcast over queries
     index_t ld, ld_v;    // d, d_v rounded up to W
 };
 
@@ -110,7 +111,7 @@ FA_INLINE void probabilities(const BackwardBlock<T> &b, Rows<T> q, Rows<T> dout,
 
 // Which keys each strip computes, and the dense tile (0 or bias where allowed, -inf elsewhere) if some entry is not plain.
 // False if no query of the block sees any key of it.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE bool prepare_strips(const Rules &rules, const BackwardBlock<T> &b, index_t q0, index_t nq, Strips &strips) {
     const Span span = visible_span(rules, q0, q0 + nq, b.k0 + b.nk);
     if (span.any.low >= b.k0 + b.nk || span.any.high <= b.k0) return false;
@@ -134,7 +135,7 @@ FA_NOINLINE bool prepare_strips(const Rules &rules, const BackwardBlock<T> &b, i
             const Interval v = visible_keys(rules, q);
             T *row = b.dense + (q - q0) * BACK_KEYS;
             if (dense)
-                dense_row<T>(rules, use_mask, q, b.k0, b.nk, row);
+                dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
             else
                 for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
             for (index_t c = 0; c < b.nk_padded; c++)
@@ -144,18 +145,23 @@ FA_NOINLINE bool prepare_strips(const Rules &rules, const BackwardBlock<T> &b, i
     return true;
 }
 
-// c[i][0:n] += a(i, p) * b[p][0:n] over the (query, key) pairs that are not masked, one by one: for blocks in which something
-// that is not finite lies where it must not reach.
+// c (keys x n) += a^T rows if by_key, else c (queries x n) += a rows, leaving out the (query, key) pairs that are masked: for
+// blocks in which something that is not finite lies where it must not reach. The same sums in the same order as accumulate.
 template <class T>
 FA_NOINLINE void careful_accumulate(const BackwardBlock<T> &b, const T *a, index_t nq, bool by_key, Rows<T> rows, index_t n, T *c,
                                     index_t c_row) {
-    for (index_t q = 0; q < nq; q++)
-        for (index_t k = 0; k < b.nk; k++) {
-            if (b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
-            const T x = a[q * BACK_KEYS + k];
-            const T *from = rows.data + (by_key ? q : k) * rows.ld;
-            T *to = c + (by_key ? k : q) * c_row;
-            for (index_t i = 0; i < n; i++) to[i] = __builtin_fma(x, from[i], to[i]);
+    const index_t outer = by_key ? b.nk : nq, inner = by_key ? nq : b.nk;
+    for (index_t i = 0; i < outer; i++)
+        for (index_t x = 0; x < n; x += W<T>) {
+            const int width = int(min_index(W<T>, n - x));
+            Vec<T> acc{};
+            for (index_t p = 0; p < inner; p++) {
+                const index_t at = by_key ? p * BACK_KEYS + i : i * BACK_KEYS + p;
+                if (b.dense[at] == -Bits<T>::infinity) continue;
+                acc = fma<T>(splat(a[at]), load_n(rows.data + p * rows.ld + x, width), acc);
+            }
+            T *to = c + i * c_row + x;
+            store_n(to, load_n(to, width) + acc, width);
         }
 }
 
@@ -189,36 +195,50 @@ FA_INLINE void accumulate_queries(const BackwardBlock<T> &b, const Strips &strip
     }
 }
 
+// dbias += dS over a tile, at `to`.
 template <class T>
-FA_NOINLINE void accumulate_bias(const BackwardBlock<T> &b, const Strips &strips, const Matrix &dbias, index_t q0, index_t nq) {
-    for (index_t q = 0; q < nq; q++) {
-        char *row = dbias.data + (q0 + q) * dbias.row + b.k0 * dbias.col;
+FA_NOINLINE void accumulate_bias(const BackwardBlock<T> &b, const Strips &strips, const Matrix &to, index_t nq) {
+    for (index_t q = 0; q < nq; q++)
         for (index_t k = 0; k < b.nk; k++) {
             if (!strips.whole && b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
-            T *at = reinterpret_cast<T *>(row + k * dbias.col);
-            *at += b.ds[q * BACK_KEYS + k];
+            *reinterpret_cast<T *>(to.data + q * to.row + k * to.col) += b.ds[q * BACK_KEYS + k];
         }
-    }
+}
+
+struct Turn {
+    int *turn;  // null: nobody else adds
+    int ordinal;
+};
+FA_INLINE Turn turn_at(const Turns &t, index_t g, index_t query_block) {
+    if (!t.turns) return {nullptr, 0};
+    return {t.turns + g * t.head + query_block, t.ordinal + (t.head == 0 ? int(g) : 0)};
+}
+FA_INLINE void wait(const BackwardHead &h, Turn t) {
+    if (t.turn) h.wait_for_turn(t.turn, t.ordinal, h.call);
+}
+FA_INLINE void pass_on(const BackwardHead &h, Turn t) {
+    wait(h, t);  // returns at once where it was waited for already
+    if (t.turn) __atomic_store_n(t.turn, t.ordinal + 1, __ATOMIC_RELEASE);
 }
 
 // One block of queries [q0, q0 + nq) of query head g.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void backward_tile(const BackwardHead &h, const BackwardBlock<T> &b, index_t g, index_t q0, index_t nq, bool q_in_place,
                                bool dout_in_place) {
-    int *turn = h.turns ? h.turns + g * h.turn_head + q0 / BACK_QUERIES : nullptr;
-    const int ordinal = h.ordinal + (h.turn_head == 0 ? int(g) : 0);
+    const Turn dq_turn = turn_at(h.dq_turns, g, q0 / BACK_QUERIES), bias_turn = turn_at(h.bias_turns, g, q0 / BACK_QUERIES);
+    const bool bias_per_key = h.dbias.row == 0;
     Rules rules = h.rules;
     if (rules.mask.data) rules.mask.data += g * h.mask_head;
     if (rules.bias.data) rules.bias.data += g * h.bias_head;
     Strips strips;
-    const bool visible = prepare_strips<T>(rules, b, q0, nq, strips);
+    const bool visible = prepare_strips<E>(rules, b, q0, nq, strips);
     if (visible) {
         // 1. rows of q and dout
         Matrix qm = h.q, dm = h.dout;
         qm.data += g * h.q_head;
         dm.data += g * h.dout_head;
-        const Rows<T> q = rows_at<T>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
-        const Rows<T> dout = rows_at<T>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
+        const Rows<T> q = rows_at<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
+        const Rows<T> dout = rows_at<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
         const T *lse2 = static_cast<const T *>(h.lse2) + g * h.stat_head + q0;
         const T *delta = static_cast<const T *>(h.delta) + g * h.stat_head + q0;
         const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
@@ -257,7 +277,7 @@ FA_NOINLINE void backward_tile(const BackwardHead &h, const BackwardBlock<T> &b,
         }
 
         // 4. dq += dS k (k is scaled), dbias += dS
-        if (turn) h.wait_for_turn(turn, ordinal, h.call);
+        wait(h, dq_turn);
         if (h.dq.data) {
             T *dq = reinterpret_cast<T *>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
             const index_t dq_row = h.dq.row / index_t(sizeof(T));
@@ -266,27 +286,41 @@ FA_NOINLINE void backward_tile(const BackwardHead &h, const BackwardBlock<T> &b,
             else
                 accumulate_queries<T>(b, strips, nq, h.d, dq, dq_row);
         }
-        if (h.dbias.data) {
-            Matrix dbias = h.dbias;
-            dbias.data += g * h.dbias_head;
-            accumulate_bias<T>(b, strips, dbias, q0, nq);
+        if (h.dbias.data && bias_per_key) {
+            accumulate_bias<T>(b, strips, {reinterpret_cast<char *>(b.dbias), 0, index_t(sizeof(T))}, nq);
+        } else if (h.dbias.data) {
+            wait(h, bias_turn);
+            accumulate_bias<T>(b, strips, {h.dbias.data + g * h.dbias_head + q0 * h.dbias.row + b.k0 * h.dbias.col, h.dbias.row, h.dbias.col},
+                               nq);
         }
-    } else if (turn) {
-        h.wait_for_turn(turn, ordinal, h.call);
     }
-    if (turn) __atomic_store_n(turn, ordinal + 1, __ATOMIC_RELEASE);
+    pass_on(h, dq_turn);
+    if (!bias_per_key) pass_on(h, bias_turn);
 }
 
+// A bias broadcast over queries gathers its gradient in scratch first, one sum a key; it joins dbias after the last query.
 template <class T>
+FA_NOINLINE void finish_bias(const BackwardHead &h, const BackwardBlock<T> &b, index_t g) {
+    const Turn turn = turn_at(h.bias_turns, g, 0);
+    wait(h, turn);
+    for (index_t k = 0; k < b.nk; k++)
+        *reinterpret_cast<T *>(h.dbias.data + g * h.dbias_head + (b.k0 + k) * h.dbias.col) += b.dbias[k];
+    pass_on(h, turn);
+    __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
+}
+
+template <class E>
 static size_t backward_scratch(const BackwardHead &h) {
+    using T = Compute<E>;
     const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
     const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v + BACK_QUERIES * (ld + ld_v) +
-                             3 * BACK_QUERIES * BACK_KEYS;
+                             3 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
     return size_t(elements) * sizeof(T) + 16 * 64;
 }
 
-template <class T>
+template <class E>
 static void backward(const BackwardHead &h, index_t key_block, void *scratch) {
+    using T = Compute<E>;
     char *free = static_cast<char *>(scratch);
     BackwardBlock<T> b;
     b.k0 = key_block * BACK_KEYS;
@@ -302,42 +336,52 @@ static void backward(const BackwardHead &h, index_t key_block, void *scratch) {
     b.k = carve<T>(free, BACK_KEYS * b.ld);
     b.dk = carve<T>(free, BACK_KEYS * b.ld);
     b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
-    const bool q_in_place = is_native_and_fast<T>(h.q) && h.d % W<T> == 0;
-    const bool dout_in_place = is_native_and_fast<T>(h.dout) && h.d_v % W<T> == 0;
+    b.dbias = carve<T>(free, BACK_KEYS);
+    const bool q_in_place = is_ready<E>(h.q) && h.d % W<T> == 0;
+    const bool dout_in_place = is_ready<E>(h.dout) && h.d_v % W<T> == 0;
     b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
     b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
 
-    pack_transposed<T>(h.k, b.k0, b.nk, h.d, T(h.scale * LOG2E), b.kt, BACK_KEYS);
-    pack_transposed<T>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-    copy_rows<T>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+    pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(h.scale * LOG2E), b.kt, BACK_KEYS);
+    pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
+    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
     __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
     __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
+    __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
 
-    for (index_t g = 0; g < h.group; g++)
+    for (index_t g = 0; g < h.group; g++) {
         for (index_t q0 = 0; q0 < h.sq; q0 += BACK_QUERIES)
-            backward_tile<T>(h, b, g, q0, min_index(BACK_QUERIES, h.sq - q0), q_in_place, dout_in_place);
+            backward_tile<E>(h, b, g, q0, min_index(BACK_QUERIES, h.sq - q0), q_in_place, dout_in_place);
+        if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
+    }
 
-    if (h.dk.data) store_rows<T>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
-    if (h.dv.data) store_rows<T>(b.dv, b.ld_v, T(1), h.dv, b.k0, b.nk, h.d_v);
+    if (h.dk.data) store_rows<E>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
+    if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(1), h.dv, b.k0, b.nk, h.d_v);
 }
 
 // delta = rowsum(dout * out) and lse2 = lse * log2(e) for queries [begin, end).
-template <class T>
+template <class E>
 static void delta(const DeltaHead &h, index_t begin, index_t end) {
-    const auto piece = [](const char *p, index_t col, int n) -> Vec<T> {
-        if (col == index_t(sizeof(T)) && n == W<T>) return load(reinterpret_cast<const T *>(p));
-        alignas(FUSEDATTN_VECTOR_BYTES) T x[W<T>] = {};
-        for (int i = 0; i < n; i++) x[i] = read_element<T>(p + i * col);
-        return load(x);
-    };
+    using T = Compute<E>;
+    const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
     for (index_t q = begin; q < end; q++) {
         const char *o = h.out.data + q * h.out.row, *g = h.dout.data + q * h.dout.row;
         Vec<T> sum{};
-        for (index_t c = 0; c < h.dv; c += W<T>) {
+        index_t c = 0;
+        if (native)
+            for (; c + W<T> <= h.dv; c += W<T>) sum = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum);
+        for (; c < h.dv; c += W<T>) {
             const int n = int(min_index(W<T>, h.dv - c));
-            sum = fma<T>(piece(o + c * h.out.col, h.out.col, n), piece(g + c * h.dout.col, h.dout.col, n), sum);
+            sum = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n), gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum);
         }
         static_cast<T *>(h.delta)[q] = sum_lanes<T>(sum);
         static_cast<T *>(h.lse2)[q] = static_cast<const T *>(h.lse)[q] * T(LOG2E);
     }
+}
+
+// Rounds rows of a gradient that was summed in the compute type.
+template <class E>
+static void round_rows(const void *sums, const Matrix &dst, index_t begin, index_t end, index_t cols) {
+    using T = Compute<E>;
+    store_rows<E>(static_cast<const T *>(sums) + begin * cols, cols, T(1), dst, begin, end - begin, cols);
 }

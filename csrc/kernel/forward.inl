@@ -76,10 +76,9 @@ FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T 
     for (int j = 0; j < NQ; j++) {
         const Vec<T> before = load(max_io + j * W<T>);
         max[j] = max_or_second<T>(load(block_max + j * W<T>), before);
-        const Vec<T> r = exp2<T>(before - max[j]);
         store(max_io + j * W<T>, max[j]);
-        store(rescale + j * W<T>, r);
-        sum[j] = r * load(sum_io + j * W<T>);
+        store(rescale + j * W<T>, exp2<T>(before - max[j]));
+        sum[j] = Vec<T>{};
     }
 #pragma GCC unroll 1
     for (index_t i = 0; i < n; i++) {
@@ -93,22 +92,21 @@ FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T 
         }
     }
     FA_UNROLL
-    for (int j = 0; j < NQ; j++) store(sum_io + j * W<T>, sum[j]);
+    for (int j = 0; j < NQ; j++) store(sum_io + j * W<T>, fma<T>(load(sum_io + j * W<T>), load(rescale + j * W<T>), sum[j]));
 }
 
+// The block's own sum is made first and then joins the rescaled sums so far: one chain over all keys would lose a digit on long rows.
 template <class T, int NI, int NQ>
 FA_INLINE void value_tile(Rows<T> v, const T *p, T *o, const T *rescale, index_t n) {
-    Vec<T> acc[NI][NQ];
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) acc[i][j] = load(rescale + j * W<T>) * load(o + (i * NQ + j) * W<T>);
-    }
+    Vec<T> acc[NI][NQ] = {};
     multiply_tile<T, NI, NQ>(acc, v.data, 1, v.ld, p, NQ * W<T>, n);
     FA_UNROLL
     for (int i = 0; i < NI; i++) {
         FA_UNROLL
-        for (int j = 0; j < NQ; j++) store(o + (i * NQ + j) * W<T>, acc[i][j]);
+        for (int j = 0; j < NQ; j++) {
+            T *at = o + (i * NQ + j) * W<T>;
+            store(at, fma<T>(load(at), load(rescale + j * W<T>), acc[i][j]));
+        }
     }
 }
 template <class T, int NI, int NQ>
@@ -137,12 +135,12 @@ FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T *p, index_t dv, T 
         FA_UNROLL
         for (int j = 0; j < NQ; j++) {
             T *at = o + (i * NQ + j) * W<T>;
-            Vec<T> acc = load(rescale + j * W<T>) * load(at);
+            Vec<T> acc{};
             for (index_t key = 0; key < n; key++) {
                 const Vec<T> e = load(p + (key * NQ + j) * W<T>);
                 acc = e < Vec<T>{} ? acc : fma<T>(splat(v.data[key * v.ld + i]), e, acc);
             }
-            store(at, acc);
+            store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
         }
 }
 
@@ -188,13 +186,13 @@ FA_NOINLINE void mark_masked(index_t n, T *p, const Dense<T> &dense) {
 }
 
 // Fills tile[key - k0][query] for keys [k0, k1): mask and bias, and the row intervals where they cut through the range.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool use_mask, bool ragged, index_t k0, index_t k1, T *tile) {
     const index_t n = k1 - k0, lanes = x.vectors * W<T>;
     const bool dense = rules.bias.data || use_mask;
     if (!dense && !ragged) return {nullptr, 0, 0};
     if (dense && !ragged && dense_is_per_key(rules, use_mask)) {
-        dense_row<T>(rules, use_mask, x.first, k0, n, tile);
+        dense_row<E>(rules, use_mask, x.first, k0, n, tile);
         return {tile, 1, 0};
     }
     alignas(64) T rows[W<T>][KEY_BLOCK];
@@ -203,7 +201,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool us
         for (int i = 0; i < W<T>; i++) {
             const index_t q = x.first + min_index(r + i, x.count - 1);
             if (dense)
-                dense_row<T>(rules, use_mask, q, k0, n, rows[i]);
+                dense_row<E>(rules, use_mask, q, k0, n, rows[i]);
             else
                 for (index_t c = 0; c < n; c++) rows[i][c] = T(0);
             if (ragged) {
@@ -218,7 +216,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool us
 }
 
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
-template <class T, int NQ>
+template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, Rows<T> v, index_t block, index_t k0, index_t k1,
                                T *p, T *tile, Ahead &ahead) {
     const index_t lanes = NQ * W<T>;
@@ -241,7 +239,7 @@ FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, R
         const index_t a = cut[r], n = cut[r + 1] - a;
         if (n <= 0) continue;
         T *pr = p + (a - k0) * lanes;
-        dense[r] = dense_tile<T>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
+        dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
         const bool plain = !dense[r].data;
         const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
         scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain ? block_max : ignored);
@@ -268,7 +266,7 @@ FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, R
     }
 }
 
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void finish(const ForwardHead &h, Queries<T> &x) {
     alignas(64) T inverse[LANES<T>], lse[LANES<T>];
     for (int j = 0; j < x.vectors; j++) {
@@ -279,22 +277,24 @@ FA_NOINLINE void finish(const ForwardHead &h, Queries<T> &x) {
         const Vec<T> log_sum = (load(x.max + j * W<T>) + log2_positive<T>(l)) * splat(T(LN2));
         store(lse + j * W<T>, l == zero ? empty - splat(Bits<T>::infinity) : log_sum);
     }
-    unpack_transposed<T>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
+    unpack_transposed<E>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
     __builtin_memcpy(static_cast<T *>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
 }
 
-template <class T>
+template <class E>
 static size_t forward_scratch(const ForwardHead &h, index_t queries) {
+    using T = Compute<E>;
     const index_t subs = (queries + W<T> - 1) / W<T>;  // at most, if every sub-block were one vector wide
     const index_t lanes = round_up<T>(queries) + LANES<T>;
     const index_t elements = lanes * (h.d + h.dv + 3) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + h.dv);
     return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 6 * 64 + 8 * 64;
 }
 
-template <class T>
+template <class E>
 static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const NextQueries &next, void *scratch) {
+    using T = Compute<E>;
     char *free = static_cast<char *>(scratch);
-    const bool k_in_place = is_native_and_fast<T>(h.k), v_in_place = is_native_and_fast<T>(h.v);
+    const bool k_in_place = is_ready<E>(h.k), v_in_place = is_ready<E>(h.v);
     T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
     T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d), *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * h.dv);
     auto *subs = reinterpret_cast<Queries<T> *>(carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
@@ -313,7 +313,7 @@ static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const 
         x.max = carve<T>(free, lanes);
         x.sum = carve<T>(free, lanes);
         x.seen = carve<T>(free, lanes);
-        pack_transposed<T>(h.q, q, x.count, h.d, T(h.scale * LOG2E), x.q, lanes);
+        pack_transposed<E>(h.q, q, x.count, h.d, T(h.scale * LOG2E), x.q, lanes);
         __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
         for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = 0, x.seen[i] = 0;
         any.low = min_index(any.low, x.keys.any.low);
@@ -322,7 +322,7 @@ static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const 
     }
 
     // Lines to fetch for the next task, spread over this one's keys.
-    const index_t q_bytes = h.d * index_t(sizeof(T)), v_bytes = h.dv * index_t(sizeof(T));
+    const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
     Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes), stream_of(next.out, next.begin, next.end, v_bytes),
                  stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
                  stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
@@ -335,19 +335,19 @@ static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const 
     // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not depend on its neighbours.
     for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
         const index_t end = min_index(block + KEY_BLOCK, any.high);
-        const Rows<T> k = rows_at<T>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
-        const Rows<T> v = rows_at<T>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
+        const Rows<T> k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
+        const Rows<T> v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
         for (int s = 0; s < n; s++) {
             Queries<T> &x = subs[s];
             const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
             if (k0 >= k1) continue;
-            if (x.vectors == 1) forward_block<T, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
-            if (x.vectors == 2) forward_block<T, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
+            if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
+            if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
             if constexpr (MAX_NJ >= 4) {
-                if (x.vectors == 3) forward_block<T, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
-                if (x.vectors == 4) forward_block<T, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
+                if (x.vectors == 3) forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
+                if (x.vectors == 4) forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
             }
         }
     }
-    for (int s = 0; s < n; s++) finish<T>(h, subs[s]);
+    for (int s = 0; s < n; s++) finish<E>(h, subs[s]);
 }

@@ -12,6 +12,7 @@ namespace fusedattn {
 namespace {
 
 #include "kernel/vec.inl"
+#include "kernel/element.inl"
 #include "kernel/exp.inl"
 #include "kernel/tile.inl"
 #include "kernel/move.inl"
@@ -20,14 +21,16 @@ namespace {
 #include "kernel/backward.inl"
 #include "kernel/limits.inl"
 
-template <class T>
+template <class E>
 constexpr Kernels kernels() {
-    return {LANES<T>, BACK_QUERIES, BACK_KEYS, forward_scratch<T>, forward<T>, delta<T>, backward_scratch<T>, backward<T>, multiply_adds<T>};
+    return {LANES<Compute<E>>,   BACK_QUERIES, BACK_KEYS,     forward_scratch<E>,        forward<E>, delta<E>,
+            backward_scratch<E>, backward<E>,  round_rows<E>, multiply_adds<Compute<E>>};
 }
 
 }  // namespace
 
 extern const KernelTable FUSEDATTN_TABLE;
-const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME, kernels<float>(), kernels<double>(), read_stream};
+const KernelTable FUSEDATTN_TABLE{
+    FUSEDATTN_ISA_NAME, {kernels<float>(), kernels<double>(), kernels<Half>(), kernels<BFloat>()}, read_stream};
 
 }  // namespace fusedattn

@@ -1,21 +1,15 @@
 // Moving blocks between the user's arrays (any strides, any alignment) and the kernels' scratch.
 
-// Can rows be read and written where they are? Unit column stride, aligned elements, and no row stride that maps every row
-// to the same few cache sets (multiples of 4096 bytes cost up to a third of the speed of a tile).
-template <class T>
+// Are elements next to each other and aligned?
+template <class E>
 FA_INLINE bool is_native(const Matrix &m) {
-    return m.col == index_t(sizeof(T)) && m.row % index_t(sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(m.data) % sizeof(T) == 0;
+    return m.col == index_t(sizeof(E)) && m.row % index_t(sizeof(E)) == 0 && reinterpret_cast<uintptr_t>(m.data) % sizeof(E) == 0;
 }
-template <class T>
-FA_INLINE bool is_native_and_fast(const Matrix &m) {
-    return is_native<T>(m) && (m.row % 4096 != 0 || m.row == 0);
-}
-
-template <class T>
-FA_INLINE T read_element(const char *p) {
-    T x;
-    __builtin_memcpy(&x, p, sizeof(T));
-    return x;
+// Can the micro-kernels read rows where they are? Not if they need widening, nor if a row stride maps every row to the same few
+// cache sets (multiples of 4096 bytes cost up to a third of the speed of a tile).
+template <class E>
+FA_INLINE bool is_ready(const Matrix &m) {
+    return sizeof(E) == sizeof(Compute<E>) && is_native<E>(m) && (m.row % 4096 != 0 || m.row == 0);
 }
 
 template <class T>
@@ -24,42 +18,41 @@ FA_INLINE index_t round_up(index_t n) {
 }
 
 // dst[r][0:ld] = src[r0 + r][0:cols] * factor, zeros beyond cols.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void copy_rows(const Matrix &src, index_t r0, index_t rows, index_t cols, T factor, T *dst, index_t ld) {
-    const bool contiguous = src.col == index_t(sizeof(T));
+    const bool native = is_native<E>(src);
+    const Vec<T> f = splat(factor);
     for (index_t r = 0; r < rows; r++) {
         const char *p = src.data + (r0 + r) * src.row;
         T *d = dst + r * ld;
-        if (contiguous)
-            __builtin_memcpy(d, p, size_t(cols) * sizeof(T));
-        else
-            for (index_t c = 0; c < cols; c++) d[c] = read_element<T>(p + c * src.col);
-        if (factor != T(1))
-            for (index_t c = 0; c < cols; c++) d[c] *= factor;
-        for (index_t c = cols; c < ld; c++) d[c] = T(0);
+        index_t c = 0;
+        if (native)
+            for (; c + W<T> <= cols; c += W<T>) store(d + c, load_as<E>(p + c * src.col) * f);
+        for (; c < cols; c += W<T>) {
+            const int n = int(min_index(W<T>, cols - c));
+            store_n(d + c, gather_as<E>(p + c * src.col, src.col, n) * f, int(min_index(W<T>, ld - c)));
+        }
+        for (; c < ld; c++) d[c] = T(0);
     }
 }
 
 // dst[c][r] = src[r0 + r][c] * factor for r < rows, zeros for r up to a multiple of W.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void pack_transposed(const Matrix &src, index_t r0, index_t rows, index_t cols, T factor, T *dst, index_t ld) {
-    const bool native = is_native<T>(src);
+    const bool native = is_native<E>(src);
     const Vec<T> f = splat(factor);
     for (index_t r = 0; r < rows; r += W<T>) {
-        const int nr = int(rows - r < W<T> ? rows - r : W<T>);
+        const int nr = int(min_index(W<T>, rows - r));
         for (index_t c = 0; c < cols; c += W<T>) {
-            const int nc = int(cols - c < W<T> ? cols - c : W<T>);
+            const int nc = int(min_index(W<T>, cols - c));
             const char *p = src.data + (r0 + r) * src.row + c * src.col;
             Vec<T> t[W<T>];
             if (native && nr == W<T> && nc == W<T>) {
                 FA_UNROLL
-                for (int i = 0; i < W<T>; i++) t[i] = load(reinterpret_cast<const T *>(p + i * src.row)) * f;
+                for (int i = 0; i < W<T>; i++) t[i] = load_as<E>(p + i * src.row) * f;
             } else {
-                alignas(FUSEDATTN_VECTOR_BYTES) T piece[W<T> * W<T>] = {};
-                for (int i = 0; i < nr; i++)
-                    for (int j = 0; j < nc; j++) piece[i * W<T> + j] = read_element<T>(p + i * src.row + j * src.col);
                 FA_UNROLL
-                for (int i = 0; i < W<T>; i++) t[i] = load(piece + i * W<T>) * f;
+                for (int i = 0; i < W<T>; i++) t[i] = i < nr ? gather_as<E>(p + i * src.row, src.col, nc) * f : Vec<T>{};
             }
             transpose_registers<T>(t);
             FA_UNROLL
@@ -70,15 +63,15 @@ FA_NOINLINE void pack_transposed(const Matrix &src, index_t r0, index_t rows, in
 }
 
 // dst[r0 + r][c] = src[c][r] * factor[r] for r < rows, c < cols; src has rows up to a multiple of W.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void unpack_transposed(const T *src, index_t ld, const T *factor, const Matrix &dst, index_t r0, index_t rows,
                                    index_t cols) {
-    const bool native = is_native<T>(dst);
+    const bool native = is_native<E>(dst);
     for (index_t r = 0; r < rows; r += W<T>) {
-        const int nr = int(rows - r < W<T> ? rows - r : W<T>);
+        const int nr = int(min_index(W<T>, rows - r));
         const Vec<T> f = load(factor + r);
         for (index_t c = 0; c < cols; c += W<T>) {
-            const int nc = int(cols - c < W<T> ? cols - c : W<T>);
+            const int nc = int(min_index(W<T>, cols - c));
             Vec<T> t[W<T>] = {};
             FA_UNROLL
             for (int j = 0; j < W<T>; j++)
@@ -87,26 +80,29 @@ FA_NOINLINE void unpack_transposed(const T *src, index_t ld, const T *factor, co
             char *p = dst.data + (r0 + r) * dst.row + c * dst.col;
             if (native && nr == W<T> && nc == W<T>) {
                 FA_UNROLL
-                for (int i = 0; i < W<T>; i++) store(reinterpret_cast<T *>(p + i * dst.row), t[i]);
+                for (int i = 0; i < W<T>; i++) store_as<E>(p + i * dst.row, t[i]);
             } else {
-                alignas(FUSEDATTN_VECTOR_BYTES) T piece[W<T> * W<T>];
                 FA_UNROLL
-                for (int i = 0; i < W<T>; i++) store(piece + i * W<T>, t[i]);
-                for (int i = 0; i < nr; i++)
-                    for (int j = 0; j < nc; j++) __builtin_memcpy(p + i * dst.row + j * dst.col, piece + i * W<T> + j, sizeof(T));
+                for (int i = 0; i < W<T>; i++)
+                    if (i < nr) scatter_as<E>(p + i * dst.row, dst.col, nc, t[i]);
             }
         }
     }
 }
 
 // dst[r0 + r][0:cols] = src[r][0:cols] * factor
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void store_rows(const T *src, index_t ld, T factor, const Matrix &dst, index_t r0, index_t rows, index_t cols) {
+    const bool native = is_native<E>(dst);
+    const Vec<T> f = splat(factor);
     for (index_t r = 0; r < rows; r++) {
         char *p = dst.data + (r0 + r) * dst.row;
-        for (index_t c = 0; c < cols; c++) {
-            const T x = src[r * ld + c] * factor;
-            __builtin_memcpy(p + c * dst.col, &x, sizeof(T));
+        index_t c = 0;
+        if (native)
+            for (; c + W<T> <= cols; c += W<T>) store_as<E>(p + c * dst.col, load(src + r * ld + c) * f);
+        for (; c < cols; c += W<T>) {
+            const int n = int(min_index(W<T>, cols - c));
+            scatter_as<E>(p + c * dst.col, dst.col, n, load_n(src + r * ld + c, n) * f);
         }
     }
 }
@@ -117,10 +113,10 @@ struct Rows {
     const T *data;
     index_t ld;
 };
-template <class T>
+template <class E, class T = Compute<E>>
 FA_INLINE Rows<T> rows_at(const Matrix &m, index_t r0, index_t rows, index_t cols, T *scratch, index_t scratch_ld, bool in_place) {
     if (in_place) return {reinterpret_cast<const T *>(m.data + r0 * m.row), m.row / index_t(sizeof(T))};
-    copy_rows<T>(m, r0, rows, cols, T(1), scratch, scratch_ld);
+    copy_rows<E>(m, r0, rows, cols, T(1), scratch, scratch_ld);
     return {scratch, scratch_ld};
 }
 

@@ -32,9 +32,6 @@ FA_INLINE Span visible_span(const Rules &rules, index_t begin, index_t end, inde
     return s;
 }
 
-FA_INLINE index_t min_index(index_t a, index_t b) { return a < b ? a : b; }
-FA_INLINE index_t max_index(index_t a, index_t b) { return a > b ? a : b; }
-
 // What the boolean mask says of a tile as a whole.
 enum class Cover { none, some, all };
 
@@ -57,15 +54,18 @@ FA_NOINLINE Cover mask_cover(const Matrix &mask, index_t q0, index_t nq, index_t
 }
 
 // row[k] = bias * log2(e), or -inf where the mask forbids or the bias is -inf, for one query and keys [k0, k0 + n).
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void dense_row(const Rules &rules, bool use_mask, index_t q, index_t k0, index_t n, T *row) {
     if (rules.bias.data) {
         const char *p = rules.bias.data + q * rules.bias.row + k0 * rules.bias.col;
-        if (rules.bias.col == index_t(sizeof(T)))
-            __builtin_memcpy(row, p, size_t(n) * sizeof(T));
-        else
-            for (index_t k = 0; k < n; k++) row[k] = read_element<T>(p + k * rules.bias.col);
-        for (index_t k = 0; k < n; k++) row[k] *= T(LOG2E);
+        const bool native = is_native<E>({rules.bias.data, 0, rules.bias.col}) && rules.bias.row % index_t(sizeof(E)) == 0;
+        index_t k = 0;
+        if (native)
+            for (; k + W<T> <= n; k += W<T>) store(row + k, load_as<E>(p + k * rules.bias.col) * splat(T(LOG2E)));
+        for (; k < n; k += W<T>) {
+            const int left = int(min_index(W<T>, n - k));
+            store_n(row + k, gather_as<E>(p + k * rules.bias.col, rules.bias.col, left) * splat(T(LOG2E)), left);
+        }
     } else {
         for (index_t k = 0; k < n; k++) row[k] = T(0);
     }

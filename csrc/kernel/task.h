@@ -9,6 +9,9 @@ namespace fusedattn {
 
 using index_t = std::int64_t;
 
+// float16 and bfloat16 are computed in float32.
+enum class DType { float32, float64, float16, bfloat16 };
+
 // Rows and columns of one head: element (r, c) lies at data + r * row + c * col (strides in bytes).
 struct Matrix {
     char *data;
@@ -41,22 +44,26 @@ struct NextQueries {
     bool new_keys;  // k and v are not those of the current head
 };
 
+// What several tasks add to is added in a fixed order, whoever computes it: before adding to query block i of query head g, a
+// task waits until turns[g * head + i] equals its ordinal; then it sets it one higher. turns null: nobody else adds.
+struct Turns {
+    int *turns;
+    index_t head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
+    int ordinal;
+};
+
 // One key/value head with the `group` query heads that share it.
 struct BackwardHead {
     Matrix k, v, dk, dv;        // dk.data, dv.data null: not needed
-    Matrix q, dout, dq, dbias;  // of the first query head; dq.data, dbias.data null: not needed
+    Matrix q, dout;             // of the first query head
+    Matrix dq, dbias;           // likewise, in the compute type; data null: not needed
     index_t q_head, dout_head, dq_head, dbias_head, mask_head, bias_head;  // bytes from one query head to the next
     const void *lse2, *delta;   // (group, sq): lse * log2(e), and rowsum(dout * out)
     index_t stat_head;          // elements from one query head to the next in lse2 and delta
     index_t group, sq, sk, d, d_v;
     double scale;
     Rules rules;                // mask and bias of the first query head
-    // What several tasks add to (dq; dbias if it is broadcast) is added in a fixed order, whoever computes it: before adding to
-    // query block i of query head g, a task waits until turns[g * turn_head + i] equals its ordinal, then sets it one higher.
-    // Null: nobody else adds.
-    int *turns;
-    index_t turn_head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
-    int ordinal;
+    Turns dq_turns, bias_turns;  // bias: one turn for all query blocks if the bias is broadcast over queries
     void (*wait_for_turn)(int *turn, int ordinal, const void *call);
     const void *call;
 };
@@ -79,13 +86,14 @@ struct Kernels {
     void (*delta)(const DeltaHead &, index_t q_begin, index_t q_end);
     std::size_t (*backward_scratch)(const BackwardHead &);
     void (*backward)(const BackwardHead &, index_t key_block, void *scratch);
+    void (*round)(const void *sums, const Matrix &dst, index_t begin, index_t end, index_t cols);
     double (*multiply_adds)(index_t rounds);  // runs independent multiply-adds, returns how many flops that was
 };
 
 // What one instruction set offers.
 struct KernelTable {
     const char *name;
-    Kernels f32, f64;
+    Kernels kernels[4];  // by DType
     double (*read)(const char *data, std::size_t bytes);  // plain streaming read, for the bandwidth limit
 };
 

@@ -45,28 +45,21 @@ FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T *a, index_t a_row, i
 }
 
 // c[i][0:n] += sum over p < k of a[i * a_row + p * a_col] * b[p][0:n], for i < m. Rows of b are readable up to a multiple of
-// W (padded); rows of c are written up to n only.
+// W (padded); rows of c are written up to n only. The sum is made first and then added: long chains lose digits.
 template <class T, int NI, int NJ>
 FA_INLINE void accumulate_tile(const T *a, index_t a_row, index_t a_col, const T *b, index_t b_row, T *c, index_t c_row,
                                index_t k, int last) {
-    Vec<T> acc[NI][NJ];
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        FA_UNROLL
-        for (int j = 0; j < NJ - 1; j++) acc[i][j] = load(c + i * c_row + j * W<T>);
-        T *end = c + i * c_row + (NJ - 1) * W<T>;
-        acc[i][NJ - 1] = last == W<T> ? load(end) : load_n(end, last);
-    }
+    Vec<T> acc[NI][NJ] = {};
     multiply_tile<T, NI, NJ>(acc, a, a_row, a_col, b, b_row, k);
     FA_UNROLL
     for (int i = 0; i < NI; i++) {
+        T *row = c + i * c_row, *end = row + (NJ - 1) * W<T>;
         FA_UNROLL
-        for (int j = 0; j < NJ - 1; j++) store(c + i * c_row + j * W<T>, acc[i][j]);
-        T *end = c + i * c_row + (NJ - 1) * W<T>;
+        for (int j = 0; j < NJ - 1; j++) store(row + j * W<T>, load(row + j * W<T>) + acc[i][j]);
         if (last == W<T>)
-            store(end, acc[i][NJ - 1]);
+            store(end, load(end) + acc[i][NJ - 1]);
         else
-            store_n(end, acc[i][NJ - 1], last);
+            store_n(end, load_n(end, last) + acc[i][NJ - 1], last);
     }
 }
 

@@ -6,6 +6,9 @@
 #define FA_NOINLINE static __attribute__((noinline))
 #define FA_UNROLL _Pragma("GCC unroll 16")
 
+FA_INLINE index_t min_index(index_t a, index_t b) { return a < b ? a : b; }
+FA_INLINE index_t max_index(index_t a, index_t b) { return a > b ? a : b; }
+
 template <class T>
 struct VecOf {
     static constexpr int width = FUSEDATTN_VECTOR_BYTES / int(sizeof(T));
