@@ -1,5 +1,6 @@
-// Work division. A forward task is a range of queries of one head; a backward task is a block of keys of one key/value head,
-// or a whole key/value head where heads are plenty. Neither changes a single bit of the result.
+// Work division. A forward task is a range of queries of one head; a backward task is a block of
+// keys of one key/value head, or a whole key/value head where heads are plenty. Neither changes a
+// single bit of the result.
 #include "attention.h"
 
 #include <algorithm>
@@ -12,236 +13,272 @@
 namespace fusedattn {
 namespace {
 
-const Kernels &kernels_of(DType dtype) { return kernel_table().kernels[int(dtype)]; }
-index_t compute_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-bool is_narrow(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
-index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+const Kernels& kernels_of(DType dtype) {
+  return kernel_table().kernels[int(dtype)];
+}
+index_t compute_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
+bool is_narrow(DType dtype) {
+  return dtype == DType::float16 || dtype == DType::bfloat16;
+}
+index_t ceil_div(index_t a, index_t b) {
+  return (a + b - 1) / b;
+}
 
 // Query-key pairs that are computed, about.
-double pairs(const Call &c) {
-    double n = 0;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++) n += double(c.sq[b]) * double(c.sk[b]);
-    return n * double(c.heads) * (c.is_causal ? 0.5 : 1.0);
+double pairs(const Call& c) {
+  double n = 0;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++) n += double(c.sq[b]) * double(c.sk[b]);
+  return n * double(c.heads) * (c.is_causal ? 0.5 : 1.0);
 }
 
 // A thread more for each 1.5 MFLOP: below that, waking it costs more than it brings.
-int worthwhile_threads(int threads, double flops) { return int(std::clamp(flops / 1.5e6, 1.0, double(threads))); }
+int worthwhile_threads(int threads, double flops) {
+  return int(std::clamp(flops / 1.5e6, 1.0, double(threads)));
+}
 
 // Tasks numbered over samples of different sizes: sample b owns [first[b], first[b + 1]).
 struct Numbering {
-    std::vector<index_t> first{0};
+  std::vector<index_t> first{0};
 
-    void add(index_t tasks) { first.push_back(first.back() + tasks); }
-    index_t total() const { return first.back(); }
-    index_t sample(index_t task) const {
-        return index_t(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
-    }
+  void add(index_t tasks) { first.push_back(first.back() + tasks); }
+  index_t total() const { return first.back(); }
+  index_t sample(index_t task) const {
+    return index_t(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
+  }
 };
 
 // Runs body(task) with tasks too small to be worth an atomic operation put together.
-template <class F>
-bool run_tasks(index_t tasks, double flops, int threads, Loop &loop, F &&body) {
-    const double each = flops / double(std::max<index_t>(tasks, 1));
-    const index_t together = std::clamp<index_t>(index_t(2e5 / (each + 1)), 1, std::max<index_t>(1, tasks / (4 * threads)));
-    return parallel_for(ceil_div(tasks, together), threads, loop, [&](index_t chunk) {
-        const index_t end = std::min(tasks, (chunk + 1) * together);
-        for (index_t t = chunk * together; t < end; t++) body(t);
-    });
+template <class F> bool run_tasks(index_t tasks, double flops, int threads, Loop& loop, F&& body) {
+  const double each = flops / double(std::max<index_t>(tasks, 1));
+  const index_t together = std::clamp<index_t>(index_t(2e5 / (each + 1)), 1,
+                                               std::max<index_t>(1, tasks / (4 * threads)));
+  return parallel_for(ceil_div(tasks, together), threads, loop, [&](index_t chunk) {
+    const index_t end = std::min(tasks, (chunk + 1) * together);
+    for (index_t t = chunk * together; t < end; t++) body(t);
+  });
 }
 
 bool has_duplicates(std::vector<index_t> v) {
-    std::sort(v.begin(), v.end());
-    return std::adjacent_find(v.begin(), v.end()) != v.end();
+  std::sort(v.begin(), v.end());
+  return std::adjacent_find(v.begin(), v.end()) != v.end();
 }
 
 // What backward keeps for every query: delta, lse2 and, for 16-bit types, the sums that become dq.
 struct Statistics {
-    std::unique_ptr<char[]> data, dq_data;
-    char *lse2, *delta;
-    Tensor dq;
+  std::unique_ptr<char[]> data, dq_data;
+  char *lse2, *delta;
+  Tensor dq;
 };
 
 // Runs body(b, h, begin, end) over ranges of queries.
-template <class F>
-bool over_queries(const Call &c, int threads, Loop &loop, F &&body) {
-    constexpr index_t rows = 256;
-    Numbering numbering;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++) numbering.add(c.heads * ceil_div(c.sq[b], rows));
-    const double flops = 4.0 * double(numbering.total() * rows) * double(c.d_v + c.d);
-    return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
-        const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
-        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, rows), begin = local % blocks * rows;
-        body(b, local / blocks, begin, std::min(begin + rows, sq));
-    });
+template <class F> bool over_queries(const Call& c, int threads, Loop& loop, F&& body) {
+  constexpr index_t rows = 256;
+  Numbering numbering;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+    numbering.add(c.heads * ceil_div(c.sq[b], rows));
+  const double flops = 4.0 * double(numbering.total() * rows) * double(c.d_v + c.d);
+  return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+    const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
+    const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, rows),
+                  begin = local % blocks * rows;
+    body(b, local / blocks, begin, std::min(begin + rows, sq));
+  });
 }
 
 // 1. of backward: the statistics, dq set to zero.
-bool compute_statistics(const Call &c, const Kernels &kernels, Loop &loop, int threads, Statistics &s) {
-    const index_t size = compute_size(c.dtype);
-    index_t elements = 0;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++)
-        elements = std::max(elements, c.lse_batch[b] + (c.heads - 1) * c.lse_head + c.sq[b]);
-    s.data = std::make_unique_for_overwrite<char[]>(std::size_t(2 * elements * size));
-    s.lse2 = s.data.get();
-    s.delta = s.data.get() + elements * size;
-    s.dq = c.dq;
-    if (c.dq.data && is_narrow(c.dtype)) {
-        s.dq_data = std::make_unique_for_overwrite<char[]>(std::size_t(elements * c.d * size));
-        s.dq = {s.dq_data.get(), {}, c.lse_head * c.d * size, c.d * size, size};
-        for (const index_t o : c.lse_batch) s.dq.batch.push_back(o * c.d * size);
-    }
-    return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
-        kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, s.lse2 + at, s.delta + at, c.d_v}, begin, end);
-        const Matrix dq = s.dq.at(b, h);
-        if (dq.data)
-            for (index_t q = begin; q < end; q++) std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * size));
-    });
+bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int threads,
+                        Statistics& s) {
+  const index_t size = compute_size(c.dtype);
+  index_t elements = 0;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+    elements = std::max(elements, c.lse_batch[b] + (c.heads - 1) * c.lse_head + c.sq[b]);
+  s.data = std::make_unique_for_overwrite<char[]>(std::size_t(2 * elements * size));
+  s.lse2 = s.data.get();
+  s.delta = s.data.get() + elements * size;
+  s.dq = c.dq;
+  if (c.dq.data && is_narrow(c.dtype)) {
+    s.dq_data = std::make_unique_for_overwrite<char[]>(std::size_t(elements * c.d * size));
+    s.dq = {s.dq_data.get(), {}, c.lse_head * c.d * size, c.d * size, size};
+    for (const index_t o : c.lse_batch) s.dq.batch.push_back(o * c.d * size);
+  }
+  return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
+    const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
+    kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, s.lse2 + at, s.delta + at, c.d_v},
+                  begin, end);
+    const Matrix dq = s.dq.at(b, h);
+    if (dq.data)
+      for (index_t q = begin; q < end; q++)
+        std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * size));
+  });
 }
 
 }  // namespace
 
-bool attention_forward(const Call &c, Loop &loop) {
-    const Kernels &kernels = kernels_of(c.dtype);
-    const double flops = 2.0 * pairs(c) * double(c.d + c.d_v);
-    const int threads = worthwhile_threads(c.threads, flops);
+bool attention_forward(const Call& c, Loop& loop) {
+  const Kernels& kernels = kernels_of(c.dtype);
+  const double flops = 2.0 * pairs(c) * double(c.d + c.d_v);
+  const int threads = worthwhile_threads(c.threads, flops);
 
-    // Several sub-blocks a task share the copies of K and V where these must be made; enough tasks to fill the threads first.
-    index_t sub_blocks = 0;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++) sub_blocks += c.heads * ceil_div(c.sq[b], kernels.query_block);
-    index_t wide = 4;
-    while (wide > 1 && threads > 1 && sub_blocks / wide < 8 * threads) wide /= 2;
-    const index_t step = wide * kernels.query_block;
+  // Several sub-blocks a task share the copies of K and V where these must be made; enough tasks to
+  // fill the threads first.
+  index_t sub_blocks = 0;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+    sub_blocks += c.heads * ceil_div(c.sq[b], kernels.query_block);
+  index_t wide = 4;
+  while (wide > 1 && threads > 1 && sub_blocks / wide < 8 * threads) wide /= 2;
+  const index_t step = wide * kernels.query_block;
 
-    Numbering numbering;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++) numbering.add(c.heads * ceil_div(c.sq[b], step));
-    struct Place {
-        index_t b, h, g, begin, end;
-    };
-    const auto place = [&](index_t task) -> Place {
-        const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
-        const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks;
-        const index_t begin = (blocks - 1 - local % blocks) * step;  // causal: longest first
-        return {b, h, h / (c.heads / c.kv_heads), begin, std::min(begin + step, sq)};
-    };
-    return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
-        const auto [b, h, g, begin, end] = place(task);
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
-        const ForwardHead head{c.q.at(b, h), c.k.at(b, g), c.v.at(b, g), c.out.at(b, h),         c.lse + at, c.sq[std::size_t(b)],
-                               c.sk[std::size_t(b)], c.d,   c.d_v,        c.scale, c.rules(b, h)};
-        NextQueries next{};
-        if (task + threads < numbering.total()) {
-            const Place p = place(task + threads);
-            next = {c.q.at(p.b, p.h), c.k.at(p.b, p.g), c.v.at(p.b, p.g), c.out.at(p.b, p.h), p.begin, p.end, p.b != b || p.g != g};
-        }
-        kernels.forward(head, begin, end, next, thread_scratch(kernels.forward_scratch(head, end - begin)));
-    });
+  Numbering numbering;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+    numbering.add(c.heads * ceil_div(c.sq[b], step));
+  struct Place {
+    index_t b, h, g, begin, end;
+  };
+  const auto place = [&](index_t task) -> Place {
+    const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
+    const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks;
+    const index_t begin = (blocks - 1 - local % blocks) * step;  // causal: longest first
+    return {b, h, h / (c.heads / c.kv_heads), begin, std::min(begin + step, sq)};
+  };
+  return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+    const auto [b, h, g, begin, end] = place(task);
+    const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
+    const ForwardHead head{
+        c.q.at(b, h),         c.k.at(b, g),         c.v.at(b, g), c.out.at(b, h), c.lse + at,
+        c.sq[std::size_t(b)], c.sk[std::size_t(b)], c.d,          c.d_v,          c.scale,
+        c.rules(b, h)};
+    NextQueries next{};
+    if (task + threads < numbering.total()) {
+      const Place p = place(task + threads);
+      next = {c.q.at(p.b, p.h),    c.k.at(p.b, p.g), c.v.at(p.b, p.g),
+              c.out.at(p.b, p.h),  p.begin,          p.end,
+              p.b != b || p.g != g};
+    }
+    kernels.forward(head, begin, end, next,
+                    thread_scratch(kernels.forward_scratch(head, end - begin)));
+  });
 }
 
-bool attention_backward(const Call &c, Loop &loop) {
-    const Kernels &kernels = kernels_of(c.dtype);
-    const double flops = 2.0 * pairs(c) * double(3 * c.d + 2 * c.d_v);
-    const int threads = worthwhile_threads(c.threads, flops);
-    const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1, heads = c.batch * c.kv_heads;
+bool attention_backward(const Call& c, Loop& loop) {
+  const Kernels& kernels = kernels_of(c.dtype);
+  const double flops = 2.0 * pairs(c) * double(3 * c.d + 2 * c.d_v);
+  const int threads = worthwhile_threads(c.threads, flops);
+  const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1, heads = c.batch * c.kv_heads;
 
-    Statistics statistics;
-    if (!compute_statistics(c, kernels, loop, threads, statistics)) return false;
+  Statistics statistics;
+  if (!compute_statistics(c, kernels, loop, threads, statistics)) return false;
 
-    // Who else adds to the same elements? Key blocks of a head to its dq; other heads and samples to a broadcast dbias.
-    const bool shared_bias =
-        c.dbias.data && (c.dbias.col == 0 || (c.kv_heads > 1 && c.dbias.head == 0) || has_duplicates(c.dbias.batch));
-    const bool by_head = !shared_bias && (threads == 1 || heads >= 8 * threads || (heads >= threads && heads % threads == 0));
+  // Who else adds to the same elements? Key blocks of a head to its dq; other heads and samples to
+  // a broadcast dbias.
+  const bool shared_bias =
+      c.dbias.data &&
+      (c.dbias.col == 0 || (c.kv_heads > 1 && c.dbias.head == 0) || has_duplicates(c.dbias.batch));
+  const bool by_head = !shared_bias && (threads == 1 || heads >= 8 * threads ||
+                                        (heads >= threads && heads % threads == 0));
 
-    const auto query_blocks = [&](index_t b) { return ceil_div(c.sq[std::size_t(b)], kernels.back_queries); };
-    const auto key_blocks = [&](index_t b) { return ceil_div(c.sk[std::size_t(b)], kernels.back_keys); };
-    Numbering tasks, turns;  // turns: one for each query block of each query head
-    index_t most = 0;
-    for (index_t b = 0; b < c.batch; b++) {
-        tasks.add(c.kv_heads * (by_head ? 1 : key_blocks(b)));
-        turns.add(c.heads * query_blocks(b));
-        most = std::max(most, query_blocks(b));
-    }
-    std::unique_ptr<int[]> dq_turns, bias_turns;
-    if (!by_head && threads > 1) {
-        dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
-        if (shared_bias) bias_turns = std::make_unique<int[]>(std::size_t(most + 1));
-    }
+  const auto query_blocks = [&](index_t b) {
+    return ceil_div(c.sq[std::size_t(b)], kernels.back_queries);
+  };
+  const auto key_blocks = [&](index_t b) {
+    return ceil_div(c.sk[std::size_t(b)], kernels.back_keys);
+  };
+  Numbering tasks, turns;  // turns: one for each query block of each query head
+  index_t most = 0;
+  for (index_t b = 0; b < c.batch; b++) {
+    tasks.add(c.kv_heads * (by_head ? 1 : key_blocks(b)));
+    turns.add(c.heads * query_blocks(b));
+    most = std::max(most, query_blocks(b));
+  }
+  std::unique_ptr<int[]> dq_turns, bias_turns;
+  if (!by_head && threads > 1) {
+    dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
+    if (shared_bias) bias_turns = std::make_unique<int[]>(std::size_t(most + 1));
+  }
 
-    const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
-        const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)], blocks = key_blocks(b);
-        const index_t kv = by_head ? local : local / blocks, h = kv * group;
-        const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
-        BackwardHead head{};
-        head.k = c.k.at(b, kv);
-        head.v = c.v.at(b, kv);
-        head.dk = c.dk.at(b, kv);
-        head.dv = c.dv.at(b, kv);
-        head.q = c.q.at(b, h);
-        head.dout = c.dout.at(b, h);
-        head.dq = statistics.dq.at(b, h);
-        head.dbias = c.dbias.at(b, h);
-        head.q_head = c.q.head;
-        head.dout_head = c.dout.head;
-        head.dq_head = statistics.dq.head;
-        head.dbias_head = c.dbias.head;
-        head.mask_head = c.mask.head;
-        head.bias_head = c.bias.head;
-        head.lse2 = statistics.lse2 + at;
-        head.delta = statistics.delta + at;
-        head.stat_head = c.lse_head;
-        head.group = group;
-        head.sq = c.sq[std::size_t(b)];
-        head.sk = c.sk[std::size_t(b)];
-        head.d = c.d;
-        head.d_v = c.d_v;
-        head.scale = c.scale;
-        head.rules = c.rules(b, h);
-        head.wait_for_turn = wait_for_turn;
-        head.call = &loop;
-        void *scratch = thread_scratch(kernels.backward_scratch(head));
-        if (by_head) {
-            for (index_t block = 0; block < blocks && !loop.cancelled; block++) kernels.backward(head, block, scratch);
-            return;
-        }
-        const index_t block = local % blocks;
-        if (dq_turns) head.dq_turns = {dq_turns.get() + turns.first[std::size_t(b)] + h * query_blocks(b), query_blocks(b), int(block)};
-        if (bias_turns) head.bias_turns = {bias_turns.get(), 0, int(task * group)};
+  const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
+    const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
+                  blocks = key_blocks(b);
+    const index_t kv = by_head ? local : local / blocks, h = kv * group;
+    const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
+    BackwardHead head{};
+    head.k = c.k.at(b, kv);
+    head.v = c.v.at(b, kv);
+    head.dk = c.dk.at(b, kv);
+    head.dv = c.dv.at(b, kv);
+    head.q = c.q.at(b, h);
+    head.dout = c.dout.at(b, h);
+    head.dq = statistics.dq.at(b, h);
+    head.dbias = c.dbias.at(b, h);
+    head.q_head = c.q.head;
+    head.dout_head = c.dout.head;
+    head.dq_head = statistics.dq.head;
+    head.dbias_head = c.dbias.head;
+    head.mask_head = c.mask.head;
+    head.bias_head = c.bias.head;
+    head.lse2 = statistics.lse2 + at;
+    head.delta = statistics.delta + at;
+    head.stat_head = c.lse_head;
+    head.group = group;
+    head.sq = c.sq[std::size_t(b)];
+    head.sk = c.sk[std::size_t(b)];
+    head.d = c.d;
+    head.d_v = c.d_v;
+    head.scale = c.scale;
+    head.rules = c.rules(b, h);
+    head.wait_for_turn = wait_for_turn;
+    head.call = &loop;
+    void* scratch = thread_scratch(kernels.backward_scratch(head));
+    if (by_head) {
+      for (index_t block = 0; block < blocks && !loop.cancelled; block++)
         kernels.backward(head, block, scratch);
-    });
-    if (!done || !statistics.dq_data) return done;
-    return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
-        kernels.round(statistics.dq.at(b, h).data, c.dq.at(b, h), begin, end, c.d);
-    });
+      return;
+    }
+    const index_t block = local % blocks;
+    if (dq_turns)
+      head.dq_turns = {dq_turns.get() + turns.first[std::size_t(b)] + h * query_blocks(b),
+                       query_blocks(b), int(block)};
+    if (bias_turns) head.bias_turns = {bias_turns.get(), 0, int(task * group)};
+    kernels.backward(head, block, scratch);
+  });
+  if (!done || !statistics.dq_data) return done;
+  return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
+    kernels.round(statistics.dq.at(b, h).data, c.dq.at(b, h), begin, end, c.d);
+  });
 }
 
 double measure_peak(DType dtype, int threads) {
-    const Kernels &kernels = kernels_of(dtype);
-    double best = 0;
-    for (int i = 0; i < 5; i++) {
-        Loop loop{};
-        std::vector<double> flops(std::size_t(threads), 0.0);
-        const auto start = std::chrono::steady_clock::now();
-        parallel_for(threads, threads, loop, [&](index_t t) { flops[std::size_t(t)] = kernels.multiply_adds(2000000); });
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        double sum = 0;
-        for (const double f : flops) sum += f;
-        best = std::max(best, sum / seconds.count());
-    }
-    return best;
+  const Kernels& kernels = kernels_of(dtype);
+  double best = 0;
+  for (int i = 0; i < 5; i++) {
+    Loop loop{};
+    std::vector<double> flops(std::size_t(threads), 0.0);
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(threads, threads, loop,
+                 [&](index_t t) { flops[std::size_t(t)] = kernels.multiply_adds(2000000); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    double sum = 0;
+    for (const double f : flops) sum += f;
+    best = std::max(best, sum / seconds.count());
+  }
+  return best;
 }
 
 double measure_bandwidth(int threads) {
-    constexpr std::size_t piece = 1 << 20, pieces = 256;
-    const auto data = std::make_unique<char[]>(piece * pieces);
-    double best = 0;
-    for (int i = 0; i < 5; i++) {
-        Loop loop{};
-        const auto start = std::chrono::steady_clock::now();
-        parallel_for(index_t(pieces), threads, loop, [&](index_t t) { kernel_table().read(data.get() + std::size_t(t) * piece, piece); });
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        best = std::max(best, double(piece * pieces) / seconds.count());
-    }
-    return best;
+  constexpr std::size_t piece = 1 << 20, pieces = 256;
+  const auto data = std::make_unique<char[]>(piece * pieces);
+  double best = 0;
+  for (int i = 0; i < 5; i++) {
+    Loop loop{};
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(index_t(pieces), threads, loop, [&](index_t t) {
+      kernel_table().read(data.get() + std::size_t(t) * piece, piece);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(piece * pieces) / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace fusedattn

@@ -1,4 +1,5 @@
-// The module's table of contents. Every binding is the same four beats: convert, allocate, release the GIL, call.
+// The module's table of contents. Every binding is the same four beats: convert, allocate, release
+// the GIL, call.
 #include "numpy_view.h"
 
 #include "dispatch.h"
@@ -8,316 +9,360 @@ namespace {
 
 // The shapes of one call, and the call with its inputs filled in.
 struct Request {
-    Call call;
-    py::array q, k, v;   // kept alive
-    std::vector<py::array> others;
-    py::dtype dtype, lse_dtype;
-    Shape lead, out_shape, lse_shape;
-    Axes q_axes, k_axes;
-    index_t lse_rows = 0;  // queries in a row of lse
+  Call call;
+  py::array q, k, v;  // kept alive
+  std::vector<py::array> others;
+  py::dtype dtype, lse_dtype;
+  Shape lead, out_shape, lse_shape;
+  Axes q_axes, k_axes;
+  index_t lse_rows = 0;  // queries in a row of lse
 };
 
 // Axis lengths; a missing head axis is one head.
-index_t heads_of(const py::array &a, Axes x) { return x.head < 0 ? 1 : index_t(a.shape(x.head)); }
-
-void same_dtype(const char *name, const py::array &a, const Request &r) {
-    if (dtype_of(name, a) != r.call.dtype) wrong_type(name, "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
+index_t heads_of(const py::array& a, Axes x) {
+  return x.head < 0 ? 1 : index_t(a.shape(x.head));
 }
 
-// q, k, v against each other. Packed (varlen) arrays are (T, H, D), else (..., H, S, D) or (..., S, H, D).
-void take_qkv(Request &r, py::handle q, py::handle k, py::handle v, bool bshd) {
-    r.q = array_of("q", q);
-    r.k = array_of("k", k);
-    r.v = array_of("v", v);
-    Call &c = r.call;
-    c.dtype = dtype_of("q", r.q);
-    r.dtype = r.q.dtype();
-    r.lse_dtype = c.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
-    same_dtype("k", r.k, r);
-    same_dtype("v", r.v, r);
-    const int n = int(r.q.ndim());
-    const std::string want = bshd ? "(..., S, H, D)" : "(..., H, S, D) or (S, D)";
-    if (n < 2) wrong_value("q", "shape " + want, text_of(shape_of(r.q)));
-    for (const auto &[name, a] : {std::pair<const char *, py::array *>{"k", &r.k}, {"v", &r.v}}) {
-        if (a->ndim() != n) wrong_value(name, "as many dimensions as q, " + std::to_string(n), "shape " + text_of(shape_of(*a)));
-        for (int i = 0; i < n - 3; i++)
-            if (a->shape(i) != r.q.shape(i))
-                wrong_value(name, "the leading dimensions of q, " + text_of(Shape(r.q.shape(), r.q.shape() + n - 3)), "shape " + text_of(shape_of(*a)));
-    }
-    const Axes x = axes_of(bshd, n);
-    r.q_axes = r.k_axes = x;
-    r.lead = n < 3 ? Shape{} : Shape(r.q.shape(), r.q.shape() + n - 3);
-    c.batch = 1;
-    for (const index_t l : r.lead)
-        if ((c.batch *= l) > index_t(1) << 28) wrong_value("q", "at most 2**28 samples", "shape " + text_of(shape_of(r.q)));
-    c.heads = heads_of(r.q, x);
-    c.kv_heads = heads_of(r.k, x);
-    c.d = index_t(r.q.shape(x.col));
-    c.d_v = index_t(r.v.shape(x.col));
-    if (c.d < 1) wrong_value("q", "a head dimension D of at least 1", "shape " + text_of(shape_of(r.q)));
-    if (r.k.shape(x.col) != c.d) wrong_value("k", "the head dimension of q, D=" + std::to_string(c.d), "shape " + text_of(shape_of(r.k)));
-    if (c.kv_heads == 0 ? c.heads != 0 : c.heads % c.kv_heads != 0)
-        wrong_value("k", "a number of heads that divides the " + std::to_string(c.heads) + " heads of q", "shape " + text_of(shape_of(r.k)));
-    if (heads_of(r.v, x) != c.kv_heads || r.v.shape(x.row) != r.k.shape(x.row))
-        wrong_value("v", "the heads and length of k, shape " + text_of(shape_of(r.k)), "shape " + text_of(shape_of(r.v)));
-    c.q = tensor_of(r.q, x);
-    c.k = tensor_of(r.k, x);
-    c.v = tensor_of(r.v, x);
-    r.out_shape = shape_of(r.q);
-    r.out_shape[std::size_t(x.col)] = c.d_v;
+void same_dtype(const char* name, const py::array& a, const Request& r) {
+  if (dtype_of(name, a) != r.call.dtype)
+    wrong_type(name, "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
 }
 
-void take_common(Request &r, py::handle scale, py::handle is_causal, py::handle num_threads) {
-    r.call.scale = scale.is_none() ? 1.0 / std::sqrt(double(r.call.d)) : finite_number("scale", scale);
-    r.call.is_causal = truth_of("is_causal", is_causal);
-    r.call.threads = threads_of(num_threads);
+// q, k, v against each other. Packed (varlen) arrays are (T, H, D), else (..., H, S, D) or (..., S,
+// H, D).
+void take_qkv(Request& r, py::handle q, py::handle k, py::handle v, bool bshd) {
+  r.q = array_of("q", q);
+  r.k = array_of("k", k);
+  r.v = array_of("v", v);
+  Call& c = r.call;
+  c.dtype = dtype_of("q", r.q);
+  r.dtype = r.q.dtype();
+  r.lse_dtype = c.dtype == DType::float64 ? py::dtype::of<double>() : py::dtype::of<float>();
+  same_dtype("k", r.k, r);
+  same_dtype("v", r.v, r);
+  const int n = int(r.q.ndim());
+  const std::string want = bshd ? "(..., S, H, D)" : "(..., H, S, D) or (S, D)";
+  if (n < 2) wrong_value("q", "shape " + want, text_of(shape_of(r.q)));
+  for (const auto& [name, a] : {std::pair<const char*, py::array*>{"k", &r.k}, {"v", &r.v}}) {
+    if (a->ndim() != n)
+      wrong_value(name, "as many dimensions as q, " + std::to_string(n),
+                  "shape " + text_of(shape_of(*a)));
+    for (int i = 0; i < n - 3; i++)
+      if (a->shape(i) != r.q.shape(i))
+        wrong_value(
+            name,
+            "the leading dimensions of q, " + text_of(Shape(r.q.shape(), r.q.shape() + n - 3)),
+            "shape " + text_of(shape_of(*a)));
+  }
+  const Axes x = axes_of(bshd, n);
+  r.q_axes = r.k_axes = x;
+  r.lead = n < 3 ? Shape{} : Shape(r.q.shape(), r.q.shape() + n - 3);
+  c.batch = 1;
+  for (const index_t l : r.lead)
+    if ((c.batch *= l) > index_t(1) << 28)
+      wrong_value("q", "at most 2**28 samples", "shape " + text_of(shape_of(r.q)));
+  c.heads = heads_of(r.q, x);
+  c.kv_heads = heads_of(r.k, x);
+  c.d = index_t(r.q.shape(x.col));
+  c.d_v = index_t(r.v.shape(x.col));
+  if (c.d < 1)
+    wrong_value("q", "a head dimension D of at least 1", "shape " + text_of(shape_of(r.q)));
+  if (r.k.shape(x.col) != c.d)
+    wrong_value("k", "the head dimension of q, D=" + std::to_string(c.d),
+                "shape " + text_of(shape_of(r.k)));
+  if (c.kv_heads == 0 ? c.heads != 0 : c.heads % c.kv_heads != 0)
+    wrong_value("k",
+                "a number of heads that divides the " + std::to_string(c.heads) + " heads of q",
+                "shape " + text_of(shape_of(r.k)));
+  if (heads_of(r.v, x) != c.kv_heads || r.v.shape(x.row) != r.k.shape(x.row))
+    wrong_value("v", "the heads and length of k, shape " + text_of(shape_of(r.k)),
+                "shape " + text_of(shape_of(r.v)));
+  c.q = tensor_of(r.q, x);
+  c.k = tensor_of(r.k, x);
+  c.v = tensor_of(r.v, x);
+  r.out_shape = shape_of(r.q);
+  r.out_shape[std::size_t(x.col)] = c.d_v;
 }
 
-void take_offsets(Request &r, py::handle q_offset) {
-    Call &c = r.call;
-    c.q_offset = integers_of("q_offset", q_offset, r.lead, c.batch);
-    for (const index_t o : c.q_offset)
-        if (o > index_t(1) << 60 || o < -(index_t(1) << 60)) wrong_value("q_offset", "at most 2**60 in magnitude", std::to_string(o));
+void take_common(Request& r, py::handle scale, py::handle is_causal, py::handle num_threads) {
+  r.call.scale =
+      scale.is_none() ? 1.0 / std::sqrt(double(r.call.d)) : finite_number("scale", scale);
+  r.call.is_causal = truth_of("is_causal", is_causal);
+  r.call.threads = threads_of(num_threads);
+}
+
+void take_offsets(Request& r, py::handle q_offset) {
+  Call& c = r.call;
+  c.q_offset = integers_of("q_offset", q_offset, r.lead, c.batch);
+  for (const index_t o : c.q_offset)
+    if (o > index_t(1) << 60 || o < -(index_t(1) << 60))
+      wrong_value("q_offset", "at most 2**60 in magnitude", std::to_string(o));
 }
 
 // Rectangular calls: every sample has the same lengths.
-Request rectangular(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias, py::handle is_causal, py::handle q_offset,
-                    py::handle scale, py::handle kv_lengths, py::handle layout, py::handle num_threads) {
-    Request r;
-    Call &c = r.call;
-    take_qkv(r, q, k, v, is_bshd(layout));
-    take_common(r, scale, is_causal, num_threads);
-    const index_t sq = index_t(r.q.shape(r.q_axes.row)), sk = index_t(r.k.shape(r.k_axes.row));
-    c.sq.assign(std::size_t(c.batch), sq);
-    c.sk.assign(std::size_t(c.batch), sk);
-    take_offsets(r, q_offset);
+Request rectangular(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
+                    py::handle is_causal, py::handle q_offset, py::handle scale,
+                    py::handle kv_lengths, py::handle layout, py::handle num_threads) {
+  Request r;
+  Call& c = r.call;
+  take_qkv(r, q, k, v, is_bshd(layout));
+  take_common(r, scale, is_causal, num_threads);
+  const index_t sq = index_t(r.q.shape(r.q_axes.row)), sk = index_t(r.k.shape(r.k_axes.row));
+  c.sq.assign(std::size_t(c.batch), sq);
+  c.sk.assign(std::size_t(c.batch), sk);
+  take_offsets(r, q_offset);
 
-    r.lse_shape = r.lead;
-    if (r.q_axes.head >= 0) r.lse_shape.push_back(c.heads);
-    r.lse_shape.push_back(sq);
-    Shape scores = r.lse_shape;
-    scores.push_back(sk);
-    if (!mask.is_none()) {
-        const py::array a = array_of("mask", mask);
-        if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
-        c.mask = broadcast_tensor("mask", a, scores);
-        r.others.push_back(a);
-    }
-    if (!bias.is_none()) {
-        const py::array a = array_of("bias", bias);
-        same_dtype("bias", a, r);
-        c.bias = broadcast_tensor("bias", a, scores);
-        r.others.push_back(a);
-    }
-    c.kv_length = c.sk;
-    if (!kv_lengths.is_none()) {
-        c.kv_length = integers_of("kv_lengths", kv_lengths, r.lead, c.batch);
-        for (const index_t n : c.kv_length)
-            if (n < 0 || n > sk) wrong_value("kv_lengths", "values from 0 to Sk=" + std::to_string(sk), std::to_string(n));
-    }
-    r.lse_rows = sq;
-    c.lse_head = sq;
-    for (index_t b = 0; b < c.batch; b++) c.lse_batch.push_back(b * c.heads * sq);
-    return r;
+  r.lse_shape = r.lead;
+  if (r.q_axes.head >= 0) r.lse_shape.push_back(c.heads);
+  r.lse_shape.push_back(sq);
+  Shape scores = r.lse_shape;
+  scores.push_back(sk);
+  if (!mask.is_none()) {
+    const py::array a = array_of("mask", mask);
+    if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
+    c.mask = broadcast_tensor("mask", a, scores);
+    r.others.push_back(a);
+  }
+  if (!bias.is_none()) {
+    const py::array a = array_of("bias", bias);
+    same_dtype("bias", a, r);
+    c.bias = broadcast_tensor("bias", a, scores);
+    r.others.push_back(a);
+  }
+  c.kv_length = c.sk;
+  if (!kv_lengths.is_none()) {
+    c.kv_length = integers_of("kv_lengths", kv_lengths, r.lead, c.batch);
+    for (const index_t n : c.kv_length)
+      if (n < 0 || n > sk)
+        wrong_value("kv_lengths", "values from 0 to Sk=" + std::to_string(sk), std::to_string(n));
+  }
+  r.lse_rows = sq;
+  c.lse_head = sq;
+  for (index_t b = 0; b < c.batch; b++) c.lse_batch.push_back(b * c.heads * sq);
+  return r;
 }
 
 // Cumulative lengths: ascending from 0 to `total`.
-std::vector<index_t> cumulative(const char *name, py::handle object, index_t total) {
-    const py::array a = array_of(name, object);
-    if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u') wrong_type(name, "an array of integers", dtype_name(a));
-    if (a.ndim() != 1 || a.size() < 1) wrong_value(name, "shape (N + 1,)", text_of(shape_of(a)));
-    const auto values = py::array_t<index_t, py::array::c_style | py::array::forcecast>(a);
-    std::vector<index_t> cu(values.data(), values.data() + values.size());
-    if (cu[0] != 0) wrong_value(name, "0 as its first value", std::to_string(cu[0]));
-    for (std::size_t i = 1; i < cu.size(); i++)
-        if (cu[i] < cu[i - 1])
-            wrong_value(name, "ascending values", std::to_string(cu[i - 1]) + " before " + std::to_string(cu[i]) + " at position " + std::to_string(i));
-    if (cu.back() != total) wrong_value(name, "the packed length " + std::to_string(total) + " as its last value", std::to_string(cu.back()));
-    return cu;
+std::vector<index_t> cumulative(const char* name, py::handle object, index_t total) {
+  const py::array a = array_of(name, object);
+  if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u')
+    wrong_type(name, "an array of integers", dtype_name(a));
+  if (a.ndim() != 1 || a.size() < 1) wrong_value(name, "shape (N + 1,)", text_of(shape_of(a)));
+  const auto values = py::array_t<index_t, py::array::c_style | py::array::forcecast>(a);
+  std::vector<index_t> cu(values.data(), values.data() + values.size());
+  if (cu[0] != 0) wrong_value(name, "0 as its first value", std::to_string(cu[0]));
+  for (std::size_t i = 1; i < cu.size(); i++)
+    if (cu[i] < cu[i - 1])
+      wrong_value(name, "ascending values",
+                  std::to_string(cu[i - 1]) + " before " + std::to_string(cu[i]) + " at position " +
+                      std::to_string(i));
+  if (cu.back() != total)
+    wrong_value(name, "the packed length " + std::to_string(total) + " as its last value",
+                std::to_string(cu.back()));
+  return cu;
 }
 
 // Packed calls: sample b is rows [cu[b], cu[b + 1]) of (T, H, D).
-Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q, py::handle cu_seqlens_k, py::handle is_causal,
-               py::handle q_offset, py::handle scale, py::handle num_threads) {
-    Request r;
-    Call &c = r.call;
-    take_qkv(r, q, k, v, true);
-    if (r.q.ndim() != 3) wrong_value("q", "shape (T, H, D)", text_of(shape_of(r.q)));
-    take_common(r, scale, is_causal, num_threads);
-    const index_t total_q = index_t(r.q.shape(0)), total_k = index_t(r.k.shape(0));
-    const std::vector<index_t> cu_q = cumulative("cu_seqlens_q", cu_seqlens_q, total_q), cu_k = cumulative("cu_seqlens_k", cu_seqlens_k, total_k);
-    if (cu_q.size() != cu_k.size())
-        wrong_value("cu_seqlens_k", "as many sequences as cu_seqlens_q, " + std::to_string(cu_q.size() - 1), std::to_string(cu_k.size() - 1));
-    c.batch = index_t(cu_q.size()) - 1;
-    r.lead = {c.batch};
-    c.q.batch.clear();
-    c.k.batch.clear();
-    c.v.batch.clear();
-    for (std::size_t b = 0; b + 1 < cu_q.size(); b++) {
-        c.q.batch.push_back(cu_q[b] * c.q.row);
-        c.k.batch.push_back(cu_k[b] * c.k.row);
-        c.v.batch.push_back(cu_k[b] * c.v.row);
-        c.sq.push_back(cu_q[b + 1] - cu_q[b]);
-        c.sk.push_back(cu_k[b + 1] - cu_k[b]);
-        c.lse_batch.push_back(cu_q[b]);
-    }
-    c.kv_length = c.sk;
-    take_offsets(r, q_offset);
-    c.lse_head = r.lse_rows = total_q;
-    r.lse_shape = {c.heads, total_q};
-    return r;
+Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
+               py::handle cu_seqlens_k, py::handle is_causal, py::handle q_offset, py::handle scale,
+               py::handle num_threads) {
+  Request r;
+  Call& c = r.call;
+  take_qkv(r, q, k, v, true);
+  if (r.q.ndim() != 3) wrong_value("q", "shape (T, H, D)", text_of(shape_of(r.q)));
+  take_common(r, scale, is_causal, num_threads);
+  const index_t total_q = index_t(r.q.shape(0)), total_k = index_t(r.k.shape(0));
+  const std::vector<index_t> cu_q = cumulative("cu_seqlens_q", cu_seqlens_q, total_q),
+                             cu_k = cumulative("cu_seqlens_k", cu_seqlens_k, total_k);
+  if (cu_q.size() != cu_k.size())
+    wrong_value("cu_seqlens_k",
+                "as many sequences as cu_seqlens_q, " + std::to_string(cu_q.size() - 1),
+                std::to_string(cu_k.size() - 1));
+  c.batch = index_t(cu_q.size()) - 1;
+  r.lead = {c.batch};
+  c.q.batch.clear();
+  c.k.batch.clear();
+  c.v.batch.clear();
+  for (std::size_t b = 0; b + 1 < cu_q.size(); b++) {
+    c.q.batch.push_back(cu_q[b] * c.q.row);
+    c.k.batch.push_back(cu_k[b] * c.k.row);
+    c.v.batch.push_back(cu_k[b] * c.v.row);
+    c.sq.push_back(cu_q[b + 1] - cu_q[b]);
+    c.sk.push_back(cu_k[b + 1] - cu_k[b]);
+    c.lse_batch.push_back(cu_q[b]);
+  }
+  c.kv_length = c.sk;
+  take_offsets(r, q_offset);
+  c.lse_head = r.lse_rows = total_q;
+  r.lse_shape = {c.heads, total_q};
+  return r;
 }
 
 // A result of the shape of q or k/v, seen as the input is.
-Tensor like(const Request &r, const py::array &a, Axes axes, const Tensor &sample, index_t rows_of_sample_stride) {
-    Tensor t = tensor_of(a, axes);
-    if (r.lead.size() == 1 && a.ndim() == 3) {  // packed: samples lie along the rows
-        t.batch = sample.batch;
-        for (index_t &o : t.batch) o = rows_of_sample_stride ? o / rows_of_sample_stride * t.row : 0;
-    }
-    return t;
+Tensor like(const Request& r, const py::array& a, Axes axes, const Tensor& sample,
+            index_t rows_of_sample_stride) {
+  Tensor t = tensor_of(a, axes);
+  if (r.lead.size() == 1 && a.ndim() == 3) {  // packed: samples lie along the rows
+    t.batch = sample.batch;
+    for (index_t& o : t.batch) o = rows_of_sample_stride ? o / rows_of_sample_stride * t.row : 0;
+  }
+  return t;
 }
 
-py::array take_out(const Request &r, py::handle out) {
-    if (out.is_none()) return allocate("out", r.dtype, r.out_shape);
-    if (!py::isinstance<py::array>(out)) wrong_type("out", "a NumPy array", type_name(out));
-    auto a = py::reinterpret_borrow<py::array>(out);
-    if (!a.dtype().is(r.dtype) && !a.dtype().equal(r.dtype)) wrong_type("out", "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
-    if (shape_of(a) != r.out_shape) wrong_value("out", "shape " + text_of(r.out_shape), text_of(shape_of(a)));
-    if (!a.writeable()) wrong_value("out", "a writeable array", "a read-only one");
-    const auto shares = py::module_::import("numpy").attr("shares_memory");
-    const auto overlaps = [&](const py::array &b) {
-        return py::module_::import("numpy").attr("may_share_memory")(a, b).cast<bool>() && shares(a, b).cast<bool>();
-    };
-    for (const auto &[name, b] : {std::pair<const char *, const py::array *>{"q", &r.q}, {"k", &r.k}, {"v", &r.v}})
-        if (overlaps(*b)) wrong_value("out", "memory of its own", std::string("an array that overlaps ") + name);
-    for (const py::array &b : r.others)
-        if (overlaps(b)) wrong_value("out", "memory of its own", "an array that overlaps mask or bias");
-    if (overlaps_itself(a)) wrong_value("out", "distinct elements", "an array that overlaps itself");
-    return a;
+py::array take_out(const Request& r, py::handle out) {
+  if (out.is_none()) return allocate("out", r.dtype, r.out_shape);
+  if (!py::isinstance<py::array>(out)) wrong_type("out", "a NumPy array", type_name(out));
+  auto a = py::reinterpret_borrow<py::array>(out);
+  if (!a.dtype().is(r.dtype) && !a.dtype().equal(r.dtype))
+    wrong_type("out", "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
+  if (shape_of(a) != r.out_shape)
+    wrong_value("out", "shape " + text_of(r.out_shape), text_of(shape_of(a)));
+  if (!a.writeable()) wrong_value("out", "a writeable array", "a read-only one");
+  const auto shares = py::module_::import("numpy").attr("shares_memory");
+  const auto overlaps = [&](const py::array& b) {
+    return py::module_::import("numpy").attr("may_share_memory")(a, b).cast<bool>() &&
+           shares(a, b).cast<bool>();
+  };
+  for (const auto& [name, b] :
+       {std::pair<const char*, const py::array*>{"q", &r.q}, {"k", &r.k}, {"v", &r.v}})
+    if (overlaps(*b))
+      wrong_value("out", "memory of its own", std::string("an array that overlaps ") + name);
+  for (const py::array& b : r.others)
+    if (overlaps(b)) wrong_value("out", "memory of its own", "an array that overlaps mask or bias");
+  if (overlaps_itself(a)) wrong_value("out", "distinct elements", "an array that overlaps itself");
+  return a;
 }
 
 bool signals_pending() {
-    const py::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
 }
 
-template <class F>
-void run_without_gil(F &&f) {
-    Loop loop{signals_pending};
-    bool done;
-    {
-        const py::gil_scoped_release release;
-        done = f(loop);
-    }
-    if (!done) throw py::error_already_set();
+template <class F> void run_without_gil(F&& f) {
+  Loop loop{signals_pending};
+  bool done;
+  {
+    const py::gil_scoped_release release;
+    done = f(loop);
+  }
+  if (!done) throw py::error_already_set();
 }
 
-py::object forward(Request &r, py::handle out, bool return_lse) {
-    const py::array o = take_out(r, out);
-    const py::array lse = allocate("lse", r.lse_dtype, r.lse_shape);
-    r.call.out = like(r, o, r.q_axes, r.call.q, r.call.q.row);
-    r.call.lse = static_cast<char *>(const_cast<void *>(lse.data()));
-    kernel_table();
-    run_without_gil([&](Loop &loop) { return attention_forward(r.call, loop); });
-    if (return_lse) return py::make_tuple(o, lse);
-    return o;
+py::object forward(Request& r, py::handle out, bool return_lse) {
+  const py::array o = take_out(r, out);
+  const py::array lse = allocate("lse", r.lse_dtype, r.lse_shape);
+  r.call.out = like(r, o, r.q_axes, r.call.q, r.call.q.row);
+  r.call.lse = static_cast<char*>(const_cast<void*>(lse.data()));
+  kernel_table();
+  run_without_gil([&](Loop& loop) { return attention_forward(r.call, loop); });
+  if (return_lse) return py::make_tuple(o, lse);
+  return o;
 }
 
-py::array input_like(const char *name, py::handle object, const py::dtype &dtype, const Shape &shape) {
-    py::array a = array_of(name, object);
-    if (!a.dtype().equal(dtype)) wrong_type(name, py::str(dtype).cast<std::string>(), dtype_name(a));
-    if (shape_of(a) != shape) wrong_value(name, "shape " + text_of(shape), text_of(shape_of(a)));
-    return a;
+py::array input_like(const char* name, py::handle object, const py::dtype& dtype,
+                     const Shape& shape) {
+  py::array a = array_of(name, object);
+  if (!a.dtype().equal(dtype)) wrong_type(name, py::str(dtype).cast<std::string>(), dtype_name(a));
+  if (shape_of(a) != shape) wrong_value(name, "shape " + text_of(shape), text_of(shape_of(a)));
+  return a;
 }
 
-py::tuple backward(Request &r, py::handle dout, py::handle out, py::handle lse, bool need_q, bool need_k, bool need_v, bool need_bias,
-                   py::handle bias) {
-    Call &c = r.call;
-    const py::array d = input_like("dout", dout, r.dtype, r.out_shape), o = input_like("out", out, r.dtype, r.out_shape);
-    const py::array l = py::module_::import("numpy").attr("ascontiguousarray")(input_like("lse", lse, r.lse_dtype, r.lse_shape));
-    c.dout = like(r, d, r.q_axes, c.q, c.q.row);
-    c.out = like(r, o, r.q_axes, c.q, c.q.row);
-    c.lse = static_cast<char *>(const_cast<void *>(l.data()));
-    py::object dq = py::none(), dk = py::none(), dv = py::none(), dbias = py::none();
-    const auto gradient = [&](const char *name, const py::array &a, Axes axes, Tensor &t, const Tensor &input) -> py::object {
-        py::array g = allocate(name, r.dtype, shape_of(a));
-        t = like(r, g, axes, input, input.row);
-        return g;
-    };
-    if (need_q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q);
-    if (need_k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
-    if (need_v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
-    if (need_bias) {
-        if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
-        const py::array b = array_of("bias", bias);
-        py::array g = py::module_::import("numpy").attr("zeros")(py::cast(shape_of(b)), r.lse_dtype);  // summed in the compute type
-        Shape scores = r.lse_shape;
-        scores.push_back(c.sk.empty() ? 0 : c.sk[0]);
-        c.dbias = broadcast_tensor("bias", g, scores);
-        dbias = g;
-    }
-    kernel_table();
-    run_without_gil([&](Loop &loop) { return attention_backward(c, loop); });
-    if (need_bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
-    return py::make_tuple(dq, dk, dv, dbias);
+py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, bool need_q,
+                   bool need_k, bool need_v, bool need_bias, py::handle bias) {
+  Call& c = r.call;
+  const py::array d = input_like("dout", dout, r.dtype, r.out_shape),
+                  o = input_like("out", out, r.dtype, r.out_shape);
+  const py::array l = py::module_::import("numpy").attr("ascontiguousarray")(
+      input_like("lse", lse, r.lse_dtype, r.lse_shape));
+  c.dout = like(r, d, r.q_axes, c.q, c.q.row);
+  c.out = like(r, o, r.q_axes, c.q, c.q.row);
+  c.lse = static_cast<char*>(const_cast<void*>(l.data()));
+  py::object dq = py::none(), dk = py::none(), dv = py::none(), dbias = py::none();
+  const auto gradient = [&](const char* name, const py::array& a, Axes axes, Tensor& t,
+                            const Tensor& input) -> py::object {
+    py::array g = allocate(name, r.dtype, shape_of(a));
+    t = like(r, g, axes, input, input.row);
+    return g;
+  };
+  if (need_q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q);
+  if (need_k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
+  if (need_v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
+  if (need_bias) {
+    if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
+    const py::array b = array_of("bias", bias);
+    py::array g = py::module_::import("numpy").attr("zeros")(
+        py::cast(shape_of(b)), r.lse_dtype);  // summed in the compute type
+    Shape scores = r.lse_shape;
+    scores.push_back(c.sk.empty() ? 0 : c.sk[0]);
+    c.dbias = broadcast_tensor("bias", g, scores);
+    dbias = g;
+  }
+  kernel_table();
+  run_without_gil([&](Loop& loop) { return attention_backward(c, loop); });
+  if (need_bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
+  return py::make_tuple(dq, dk, dv, dbias);
 }
 
 py::dict cpu_info() {
-    py::dict d;
-    d["isa"] = kernel_table().name;
-    d["isas"] = supported_isas();
-    d["isas_built"] = built_isas();
-    d["num_threads"] = get_num_threads();
-    d["parallel"] = parallel_backend();
+  py::dict d;
+  d["isa"] = kernel_table().name;
+  d["isas"] = supported_isas();
+  d["isas_built"] = built_isas();
+  d["num_threads"] = get_num_threads();
+  d["parallel"] = parallel_backend();
 #if defined(__clang__)
-    d["compiler"] = "clang " __clang_version__;
+  d["compiler"] = "clang " __clang_version__;
 #elif defined(__GNUC__)
-    d["compiler"] = "gcc " __VERSION__;
+  d["compiler"] = "gcc " __VERSION__;
 #endif
-    d["build_type"] = FUSEDATTN_BUILD_TYPE;
-    return d;
+  d["build_type"] = FUSEDATTN_BUILD_TYPE;
+  return d;
 }
 
 }  // namespace
 }  // namespace fusedattn
 
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
-    using namespace fusedattn;
-    m.doc() = "The C++ core of fusedattn; the public functions are in the package.";
-    m.attr("__version__") = FUSEDATTN_VERSION;
+  using namespace fusedattn;
+  m.doc() = "The C++ core of fusedattn; the public functions are in the package.";
+  m.attr("__version__") = FUSEDATTN_VERSION;
 
-    using H = py::handle;
-    m.def("attention", [](H q, H k, H v, H mask, H bias, H is_causal, H q_offset, H scale, H kv_lengths, H layout,
-                          H out, H num_threads, bool return_lse) {
-        Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout, num_threads);
-        return forward(r, out, return_lse);
-    });
-    m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, H mask, H bias, H is_causal, H q_offset, H scale, H kv_lengths,
-                                   H layout, H num_threads, bool need_q, bool need_k, bool need_v, bool need_bias) {
-        Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout, num_threads);
-        return backward(r, dout, out, lse, need_q, need_k, need_v, need_bias, bias);
-    });
-    m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, H is_causal, H q_offset, H scale, H out, H num_threads, bool return_lse) {
-        Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
-        return forward(r, out, return_lse);
-    });
-    m.def("attention_varlen_backward", [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
-                                          H num_threads, bool need_q, bool need_k, bool need_v) {
-        Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
-        return backward(r, dout, out, lse, need_q, need_k, need_v, false, py::none());
-    });
+  using H = py::handle;
+  m.def("attention", [](H q, H k, H v, H mask, H bias, H is_causal, H q_offset, H scale,
+                        H kv_lengths, H layout, H out, H num_threads, bool return_lse) {
+    Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout,
+                            num_threads);
+    return forward(r, out, return_lse);
+  });
+  m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, H mask, H bias, H is_causal,
+                                 H q_offset, H scale, H kv_lengths, H layout, H num_threads,
+                                 bool need_q, bool need_k, bool need_v, bool need_bias) {
+    Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout,
+                            num_threads);
+    return backward(r, dout, out, lse, need_q, need_k, need_v, need_bias, bias);
+  });
+  m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
+                               H out, H num_threads, bool return_lse) {
+    Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
+    return forward(r, out, return_lse);
+  });
+  m.def("attention_varlen_backward",
+        [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
+           H num_threads, bool need_q, bool need_k, bool need_v) {
+          Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
+          return backward(r, dout, out, lse, need_q, need_k, need_v, false, py::none());
+        });
 
-    m.def("get_num_threads", &get_num_threads);
-    m.def("set_num_threads", [](H n) { set_num_threads(n.is_none() ? 0 : threads_of(n)); });
-    m.def("cpu_info", &fusedattn::cpu_info);
-    m.def("set_isa", &set_isa);
-    m.def("measure_peak", [](const std::string &dtype, int threads) {
-        const py::gil_scoped_release release;
-        return measure_peak(dtype == "float64" ? DType::float64 : DType::float32, threads);
-    });
-    m.def("measure_bandwidth", [](int threads) {
-        const py::gil_scoped_release release;
-        return measure_bandwidth(threads);
-    });
+  m.def("get_num_threads", &get_num_threads);
+  m.def("set_num_threads", [](H n) { set_num_threads(n.is_none() ? 0 : threads_of(n)); });
+  m.def("cpu_info", &fusedattn::cpu_info);
+  m.def("set_isa", &set_isa);
+  m.def("measure_peak", [](const std::string& dtype, int threads) {
+    const py::gil_scoped_release release;
+    return measure_peak(dtype == "float64" ? DType::float64 : DType::float32, threads);
+  });
+  m.def("measure_bandwidth", [](int threads) {
+    const py::gil_scoped_release release;
+    return measure_bandwidth(threads);
+  });
 }

@@ -3,7 +3,8 @@
 
 namespace fusedattn {
 
-// Hands our pool to every OpenBLAS in the process that lets a caller supply its threads. True if there was one.
+// Hands our pool to every OpenBLAS in the process that lets a caller supply its threads. True if
+// there was one.
 bool share_with_blas();
 
 }  // namespace fusedattn

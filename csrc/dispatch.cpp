@@ -11,16 +11,19 @@ extern const KernelTable table_baseline, table_avx2, table_avx512, table_neon;
 namespace {
 
 #if defined(__x86_64__)
-bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 bool runs_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
 struct Isa {
-    const KernelTable *table;
-    bool (*runs_here)();
+  const KernelTable* table;
+  bool (*runs_here)();
 };
 
 // Worst first. Adding an instruction set is one file isa/NAME.cpp and one line here.
@@ -34,49 +37,52 @@ const Isa isas[] = {
 #endif
 };
 
-std::atomic<const KernelTable *> chosen{nullptr};
+std::atomic<const KernelTable*> chosen{nullptr};
 
-std::string joined(const std::vector<std::string> &names) {
-    std::string all;
-    for (const std::string &n : names) all += (all.empty() ? "" : ", ") + n;
-    return all;
+std::string joined(const std::vector<std::string>& names) {
+  std::string all;
+  for (const std::string& n : names) all += (all.empty() ? "" : ", ") + n;
+  return all;
 }
 
-const KernelTable *find(const std::string &name, const char *source) {
-    const KernelTable *best = nullptr;
-    for (const Isa &isa : isas)
-        if (isa.runs_here() && (name.empty() || name == isa.table->name)) best = isa.table;
-    if (!best)
-        throw std::invalid_argument(std::string(source) + ": expected one of the instruction sets that this CPU runs (" +
-                                    joined(supported_isas()) + "; built: " + joined(built_isas()) + "), got '" + name + "'");
-    return best;
+const KernelTable* find(const std::string& name, const char* source) {
+  const KernelTable* best = nullptr;
+  for (const Isa& isa : isas)
+    if (isa.runs_here() && (name.empty() || name == isa.table->name)) best = isa.table;
+  if (!best)
+    throw std::invalid_argument(
+        std::string(source) + ": expected one of the instruction sets that this CPU runs (" +
+        joined(supported_isas()) + "; built: " + joined(built_isas()) + "), got '" + name + "'");
+  return best;
 }
 
 }  // namespace
 
-const KernelTable &kernel_table() {
-    const KernelTable *table = chosen.load(std::memory_order_relaxed);
-    if (!table) {
-        const char *name = std::getenv("FUSEDATTN_ISA");
-        table = find(name ? name : "", "FUSEDATTN_ISA");
-        chosen.store(table, std::memory_order_relaxed);
-    }
-    return *table;
+const KernelTable& kernel_table() {
+  const KernelTable* table = chosen.load(std::memory_order_relaxed);
+  if (!table) {
+    const char* name = std::getenv("FUSEDATTN_ISA");
+    table = find(name ? name : "", "FUSEDATTN_ISA");
+    chosen.store(table, std::memory_order_relaxed);
+  }
+  return *table;
 }
 
-void set_isa(const std::string &name) { chosen.store(name.empty() ? nullptr : find(name, "set_isa")); }
+void set_isa(const std::string& name) {
+  chosen.store(name.empty() ? nullptr : find(name, "set_isa"));
+}
 
 std::vector<std::string> built_isas() {
-    std::vector<std::string> names;
-    for (const Isa &isa : isas) names.push_back(isa.table->name);
-    return names;
+  std::vector<std::string> names;
+  for (const Isa& isa : isas) names.push_back(isa.table->name);
+  return names;
 }
 
 std::vector<std::string> supported_isas() {
-    std::vector<std::string> names;
-    for (const Isa &isa : isas)
-        if (isa.runs_here()) names.push_back(isa.table->name);
-    return names;
+  std::vector<std::string> names;
+  for (const Isa& isa : isas)
+    if (isa.runs_here()) names.push_back(isa.table->name);
+  return names;
 }
 
 }  // namespace fusedattn

@@ -8,10 +8,10 @@
 
 namespace fusedattn {
 
-// The kernels in use: the best that this CPU runs, or what FUSEDATTN_ISA names; throws std::invalid_argument if it names
-// something unknown or unsupported.
-const KernelTable &kernel_table();
-void set_isa(const std::string &name);  // for tests; "" goes back to the default
+// The kernels in use: the best that this CPU runs, or what FUSEDATTN_ISA names; throws
+// std::invalid_argument if it names something unknown or unsupported.
+const KernelTable& kernel_table();
+void set_isa(const std::string& name);  // for tests; "" goes back to the default
 
 std::vector<std::string> built_isas();      // worst first
 std::vector<std::string> supported_isas();  // those that this CPU runs, worst first

@@ -1,14 +1,14 @@
 // A pool of threads that sleep when they have nothing to do.
 //
-// Why not an OpenMP parallel region: libgomp's waiting threads spin, and NumPy's BLAS, called next, then fights them for the
-// cores; whoever loads libgomp first decides its waiting policy for the whole process, so an extension cannot tame it.
-// libgomp also hangs in a forked child. docs/design.md has the figures; -DFUSEDATTN_PARALLEL=openmp builds the other way.
+// Why not an OpenMP parallel region: libgomp's waiting threads spin, and NumPy's BLAS, called next,
+// then fights them for the cores; whoever loads libgomp first decides its waiting policy for the
+// whole process, so an extension cannot tame it. libgomp also hangs in a forked child.
+// docs/design.md has the figures; -DFUSEDATTN_PARALLEL=openmp builds the other way.
 #include "parallel.h"
 
 #include "blas_threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,12 +19,10 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <thread>
 #include <vector>
 
-#ifdef FUSEDATTN_HAVE_OPENMP
+#ifdef FUSEDATTN_PARALLEL_OPENMP
 #include <omp.h>
 #endif
 
@@ -33,264 +31,218 @@ namespace {
 
 void pause_cpu() {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+  __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+  asm volatile("yield");
 #endif
 }
 
 // One parallel loop under way.
 struct Job {
-    index_t tasks;
-    void (*body)(void *, index_t);
-    void *context;
-    Loop *loop;
-    std::atomic<index_t> next{0};
-    int wanted = 0;  // helpers still welcome (guarded by the pool's mutex)
-    std::atomic<int> helping{0};
-    std::mutex error_mutex;
-    std::exception_ptr error;
+  index_t tasks;
+  void (*body)(void*, index_t);
+  void* context;
+  Loop* loop;
+  std::atomic<index_t> next{0};
+  int wanted = 0;  // helpers still welcome (guarded by the pool's mutex)
+  std::atomic<int> helping{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
 
-    bool cancelled() const { return __atomic_load_n(&loop->cancelled, __ATOMIC_RELAXED) != 0; }
-    void cancel() { __atomic_store_n(&loop->cancelled, 1, __ATOMIC_RELAXED); }
-    bool exhausted() const { return next.load(std::memory_order_relaxed) >= tasks || cancelled(); }
+  bool cancelled() const { return __atomic_load_n(&loop->cancelled, __ATOMIC_RELAXED) != 0; }
+  void cancel() { __atomic_store_n(&loop->cancelled, 1, __ATOMIC_RELAXED); }
+  bool exhausted() const { return next.load(std::memory_order_relaxed) >= tasks || cancelled(); }
 
-    // Runs tasks until none is left; `asks`: this is the calling thread, which looks for interrupts about ten times a second.
-    void work(bool asks) {
-        auto asked = std::chrono::steady_clock::now();
-        while (!cancelled()) {
-            const index_t task = next.fetch_add(1, std::memory_order_relaxed);
-            if (task >= tasks) return;
-            try {
-                body(context, task);
-            } catch (...) {
-                const std::lock_guard lock(error_mutex);
-                if (!error) error = std::current_exception();
-                cancel();
-            }
-            if (asks && loop->interrupted) {
-                const auto now = std::chrono::steady_clock::now();
-                if (now - asked > std::chrono::milliseconds(100)) {
-                    asked = now;
-                    if (loop->interrupted()) cancel();
-                }
-            }
+  // Runs tasks until none is left; `asks`: this is the calling thread, which looks for interrupts
+  // about ten times a second.
+  void work(bool asks) {
+    auto asked = std::chrono::steady_clock::now();
+    while (!cancelled()) {
+      const index_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      try {
+        body(context, task);
+      } catch (...) {
+        const std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+        cancel();
+      }
+      if (asks && loop->interrupted) {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - asked > std::chrono::milliseconds(100)) {
+          asked = now;
+          if (loop->interrupted()) cancel();
         }
+      }
     }
+  }
 };
 
 class Pool {
-  public:
-    // Runs the job on `threads` threads, the calling one among them. `all_at_once`: its tasks wait for each other, so every
-    // one must have a thread of its own; more threads are started if too few are free.
-    void run(Job &job, int threads, bool all_at_once) {
-        {
-            const std::lock_guard lock(mutex_);
-            job.wanted = threads - 1;
-            int free = started_;
-            if (all_at_once) {
-                free -= busy_;
-                for (const Job *other : urgent_) free -= other->wanted;
-            }
-            (all_at_once ? urgent_ : jobs_).push_back(&job);
-            for (; free < threads - 1; free++) {
-                std::thread([this] { serve(); }).detach();
-                started_++;
-            }
-            epoch_.fetch_add(1, std::memory_order_release);
-        }
-        if (threads == 2)
-            wake_.notify_one();
-        else
-            wake_.notify_all();
-        job.work(!all_at_once);
-        {
-            const std::lock_guard lock(mutex_);  // from here on nobody new can join
-            std::erase(all_at_once ? urgent_ : jobs_, &job);
-        }
-        for (int spins = 0; job.helping.load(std::memory_order_acquire) != 0; spins++) {
-            if (spins < 2000)
-                pause_cpu();
-            else
-                std::this_thread::yield();
-        }
+ public:
+  // Runs the job on `threads` threads, the calling one among them. `all_at_once`: its tasks wait
+  // for each other, so every one must have a thread of its own; more threads are started if too few
+  // are free.
+  void run(Job& job, int threads, bool all_at_once) {
+    {
+      const std::lock_guard lock(mutex_);
+      job.wanted = threads - 1;
+      int free = started_;
+      if (all_at_once) {
+        free -= busy_;
+        for (const Job* other : urgent_) free -= other->wanted;
+      }
+      (all_at_once ? urgent_ : jobs_).push_back(&job);
+      for (; free < threads - 1; free++) {
+        std::thread([this] { serve(); }).detach();
+        started_++;
+      }
+      epoch_.fetch_add(1, std::memory_order_release);
     }
-
-  private:
-    Job *find_job() {
-        for (const auto *queue : {&urgent_, &jobs_})
-            for (Job *job : *queue)
-                if (job->wanted > 0 && !job->exhausted()) return job;
-        return nullptr;
+    if (threads == 2)
+      wake_.notify_one();
+    else
+      wake_.notify_all();
+    job.work(!all_at_once);
+    {
+      const std::lock_guard lock(mutex_);  // from here on nobody new can join
+      std::erase(all_at_once ? urgent_ : jobs_, &job);
     }
-
-    void serve() {
-        std::unique_lock lock(mutex_);
-        for (;;) {
-            Job *job;
-            wake_.wait(lock, [&] { return (job = find_job()) != nullptr; });
-            job->wanted--;
-            busy_++;
-            job->helping.fetch_add(1, std::memory_order_relaxed);
-            const unsigned epoch = epoch_.load(std::memory_order_relaxed);
-            lock.unlock();
-            job->work(false);
-            job->helping.fetch_sub(1, std::memory_order_release);
-            // The next call is often a few microseconds away; waking costs ten times that. Short enough to hurt nobody.
-            for (int spins = 0; spins < idle_spins && epoch_.load(std::memory_order_relaxed) == epoch; spins++) pause_cpu();
-            lock.lock();
-            busy_--;
-        }
+    for (int spins = 0; job.helping.load(std::memory_order_acquire) != 0; spins++) {
+      if (spins < 2000)
+        pause_cpu();
+      else
+        std::this_thread::yield();
     }
+  }
 
-    static constexpr int idle_spins = 3000;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::vector<Job *> jobs_, urgent_;
-    std::atomic<unsigned> epoch_{0};
-    int started_ = 0, busy_ = 0;
+ private:
+  Job* find_job() {
+    for (const auto* queue : {&urgent_, &jobs_})
+      for (Job* job : *queue)
+        if (job->wanted > 0 && !job->exhausted()) return job;
+    return nullptr;
+  }
+
+  void serve() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      Job* job;
+      wake_.wait(lock, [&] { return (job = find_job()) != nullptr; });
+      job->wanted--;
+      busy_++;
+      job->helping.fetch_add(1, std::memory_order_relaxed);
+      const unsigned epoch = epoch_.load(std::memory_order_relaxed);
+      lock.unlock();
+      job->work(false);
+      job->helping.fetch_sub(1, std::memory_order_release);
+      // The next call is often a few microseconds away; waking costs ten times that. Short enough
+      // to hurt nobody.
+      for (int spins = 0; spins < idle_spins && epoch_.load(std::memory_order_relaxed) == epoch;
+           spins++)
+        pause_cpu();
+      lock.lock();
+      busy_--;
+    }
+  }
+
+  static constexpr int idle_spins = 3000;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<Job*> jobs_, urgent_;
+  std::atomic<unsigned> epoch_{0};
+  int started_ = 0, busy_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors. A forked child has none of them, so it starts a pool anew.
-std::atomic<Pool *> the_pool{nullptr};
+// Never destroyed: its threads may outlive static destructors. A forked child has none of them, so
+// it starts a pool anew.
+std::atomic<Pool*> the_pool{nullptr};
 
-Pool &pool() {
-    static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-    (void)at_fork;
-    Pool *p = the_pool.load();
-    if (!p) {
-        auto fresh = std::make_unique<Pool>();
-        if (the_pool.compare_exchange_strong(p, fresh.get())) p = fresh.release();
-    }
-    return *p;
+Pool& pool() {
+  static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+  (void)at_fork;
+  Pool* p = the_pool.load();
+  if (!p) {
+    auto fresh = std::make_unique<Pool>();
+    if (the_pool.compare_exchange_strong(p, fresh.get())) p = fresh.release();
+  }
+  return *p;
 }
 
-void run(Job &job, int threads) {
+void run(Job& job, int threads) {
 #ifdef FUSEDATTN_PARALLEL_OPENMP
 #pragma omp parallel num_threads(threads)
-    job.work(omp_get_thread_num() == 0);
+  job.work(omp_get_thread_num() == 0);
 #else
-    static const bool shared = share_with_blas();
-    (void)shared;
-    pool().run(job, threads, false);
+  static const bool shared = share_with_blas();
+  (void)shared;
+  pool().run(job, threads, false);
 #endif
 }
-
-int openmp_threads() {
-#ifdef FUSEDATTN_HAVE_OPENMP
-    return omp_get_max_threads();
-#else
-    return 0;
-#endif
-}
-
-// 0 if the variable is not set (or empty), -1 if it is not a number of threads.
-int threads_from_environment(const char *name) {
-    const char *text = std::getenv(name);
-    if (!text || !*text) return 0;
-    char *end = nullptr;
-    const long n = std::strtol(text, &end, 10);
-    return *end == 0 && n > 0 && n < 65536 ? int(n) : -1;
-}
-
-int available_cpus() {
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-    return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
-struct ThreadCount {
-    int environment = threads_from_environment("FUSEDATTN_NUM_THREADS");
-    int openmp = openmp_threads() ? openmp_threads() : std::max(0, threads_from_environment("OMP_NUM_THREADS"));
-    std::atomic<int> chosen{0};
-    std::atomic<int> openmp_when_chosen{0};
-};
-
-ThreadCount thread_count;  // made when the library is loaded: a limit set on OpenMP later must show as a change
 
 }  // namespace
 
-bool parallel_for(index_t tasks, int threads, Loop &loop, void (*body)(void *, index_t), void *context) {
-    Job job;
-    job.tasks = tasks;
-    job.body = body;
-    job.context = context;
-    job.loop = &loop;
-    threads = int(std::min<index_t>(threads, tasks));
-    if (threads <= 1)
-        job.work(true);
+bool parallel_for(index_t tasks, int threads, Loop& loop, void (*body)(void*, index_t),
+                  void* context) {
+  Job job;
+  job.tasks = tasks;
+  job.body = body;
+  job.context = context;
+  job.loop = &loop;
+  threads = int(std::min<index_t>(threads, tasks));
+  if (threads <= 1)
+    job.work(true);
+  else
+    run(job, threads);
+  if (job.error) std::rethrow_exception(job.error);
+  return !job.cancelled();
+}
+
+void run_all_at_once(int tasks, void (*body)(void*, index_t), void* context) {
+  Loop loop{};
+  Job job;
+  job.tasks = tasks;
+  job.body = body;
+  job.context = context;
+  job.loop = &loop;
+  pool().run(job, tasks, true);
+}
+
+void wait_for_turn(int* turn, int ordinal, const void* loop) {
+  const int* cancelled = &static_cast<const Loop*>(loop)->cancelled;
+  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != ordinal; spins++) {
+    if (spins < 500)
+      pause_cpu();
+    else if (__atomic_load_n(cancelled, __ATOMIC_RELAXED))
+      return;
     else
-        run(job, threads);
-    if (job.error) std::rethrow_exception(job.error);
-    return !job.cancelled();
+      std::this_thread::yield();
+  }
 }
 
-void run_all_at_once(int tasks, void (*body)(void *, index_t), void *context) {
-    Loop loop{};
-    Job job;
-    job.tasks = tasks;
-    job.body = body;
-    job.context = context;
-    job.loop = &loop;
-    pool().run(job, tasks, true);
+void* thread_scratch(std::size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    std::size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer = {};
+    const std::size_t size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, size);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = size;
+  }
+  return buffer.data;
 }
 
-void wait_for_turn(int *turn, int ordinal, const void *loop) {
-    const int *cancelled = &static_cast<const Loop *>(loop)->cancelled;
-    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != ordinal; spins++) {
-        if (spins < 500)
-            pause_cpu();
-        else if (__atomic_load_n(cancelled, __ATOMIC_RELAXED))
-            return;
-        else
-            std::this_thread::yield();
-    }
-}
-
-void *thread_scratch(std::size_t bytes) {
-    struct Buffer {
-        void *data = nullptr;
-        std::size_t size = 0;
-        ~Buffer() { std::free(data); }
-    };
-    thread_local Buffer buffer;
-    if (buffer.size < bytes) {
-        std::free(buffer.data);
-        buffer = {};
-        const std::size_t size = (bytes + 4095) / 4096 * 4096;
-        buffer.data = std::aligned_alloc(4096, size);
-        if (!buffer.data) throw std::bad_alloc();
-        buffer.size = size;
-    }
-    return buffer.data;
-}
-
-int get_num_threads() {
-    const ThreadCount &count = thread_count;
-    const int now = openmp_threads();
-    int n = count.chosen.load(std::memory_order_relaxed);
-    const bool chosen = n != 0;
-    if (n == 0) n = count.environment;
-    if (n < 0)
-        throw std::invalid_argument(std::string("FUSEDATTN_NUM_THREADS: expected an integer from 1 to 65535, got '") +
-                                    std::getenv("FUSEDATTN_NUM_THREADS") + "'");
-    if (n == 0) return now > 0 ? now : count.openmp > 0 ? count.openmp : available_cpus();
-    const int before = chosen ? count.openmp_when_chosen.load(std::memory_order_relaxed) : count.openmp;
-    return now > 0 && now < before ? std::min(n, now) : n;
-}
-
-void set_num_threads(int n) {
-    thread_count.openmp_when_chosen.store(openmp_threads(), std::memory_order_relaxed);
-    thread_count.chosen.store(n, std::memory_order_relaxed);
-}
-
-const char *parallel_backend() {
+const char* parallel_backend() {
 #ifdef FUSEDATTN_PARALLEL_OPENMP
-    return "openmp";
+  return "openmp";
 #else
-    return "pool";
+  return "pool";
 #endif
 }
 

@@ -9,33 +9,37 @@ namespace fusedattn {
 
 // What a running loop shares with its tasks.
 struct Loop {
-    bool (*interrupted)();  // asked now and then on the calling thread; null: never
-    int cancelled = 0;      // set once interrupted or once a task has thrown
+  bool (*interrupted)();  // asked now and then on the calling thread; null: never
+  int cancelled = 0;      // set once interrupted or once a task has thrown
 };
 
-// Runs body(context, task) for every task in [0, tasks) on up to `threads` threads, the calling one among them. Tasks are
-// claimed in ascending order, so a task may wait for a lower one. The first exception of a task is thrown here. Returns false
-// if interrupted: the remaining tasks were not run.
-bool parallel_for(index_t tasks, int threads, Loop &loop, void (*body)(void *context, index_t task), void *context);
+// Runs body(context, task) for every task in [0, tasks) on up to `threads` threads, the calling one
+// among them. Tasks are claimed in ascending order, so a task may wait for a lower one. The first
+// exception of a task is thrown here. Returns false if interrupted: the remaining tasks were not
+// run.
+bool parallel_for(index_t tasks, int threads, Loop& loop, void (*body)(void* context, index_t task),
+                  void* context);
 
-template <class F>
-bool parallel_for(index_t tasks, int threads, Loop &loop, F &&body) {
-    return parallel_for(tasks, threads, loop, [](void *f, index_t task) { (*static_cast<F *>(f))(task); }, &body);
+template <class F> bool parallel_for(index_t tasks, int threads, Loop& loop, F&& body) {
+  return parallel_for(
+      tasks, threads, loop, [](void* f, index_t task) { (*static_cast<F*>(f))(task); }, &body);
 }
 
 // Runs `tasks` tasks that may wait for each other, each on a thread of its own.
-void run_all_at_once(int tasks, void (*body)(void *context, index_t task), void *context);
+void run_all_at_once(int tasks, void (*body)(void* context, index_t task), void* context);
 
 // Lets a task wait until *turn equals ordinal; gives up when the loop is cancelled.
-void wait_for_turn(int *turn, int ordinal, const void *loop);
+void wait_for_turn(int* turn, int ordinal, const void* loop);
 
-// Memory of the calling thread, kept for its next call, aligned to a cache line; throws std::bad_alloc.
-void *thread_scratch(std::size_t bytes);
+// Memory of the calling thread, kept for its next call, aligned to a cache line; throws
+// std::bad_alloc.
+void* thread_scratch(std::size_t bytes);
 
-// The default number of threads: set_num_threads, else FUSEDATTN_NUM_THREADS, else OpenMP's (OMP_NUM_THREADS), else the CPUs
-// this process may run on. A limit set on OpenMP later (threadpoolctl) lowers all of them.
+// The default number of threads: set_num_threads, else FUSEDATTN_NUM_THREADS, else OpenMP's
+// (OMP_NUM_THREADS), else the CPUs this process may run on. A limit set on OpenMP later
+// (threadpoolctl) lowers all of them.
 int get_num_threads();
 void set_num_threads(int n);  // 0: back to the default
-const char *parallel_backend();
+const char* parallel_backend();
 
 }  // namespace fusedattn

@@ -1,387 +1,239 @@
-// Backward: dq, dk, dv (and dbias) of one block of keys against all queries that see them, recomputing P from q, k and the LSE.
+// Backward: dq, dk, dv (and dbias) of one block of keys against all queries that see them,
+// recomputing P from q, k and the LSE.
 //
 //   P  = exp2(S * log2(e) - lse2)          S as in forward, from packed K^T
 //   dP = dout v^T                          from packed V^T
 //   dS = P * (dP - delta)                  delta = rowsum(dout * out) = rowsum(P * dP)
 //   dv += P^T dout,  dk += scale * dS^T q,  dq += scale * dS k,  dbias += dS
 //
-// Keys lie in the lanes: K^T and V^T are packed once for the block, rows of q and dout are broadcast from where they are, and
-// the three gradient products read P and dS by broadcast and land in natural layout. Five products of BK * BQ * d for
-// 2 * BK * d packed elements and 4 * BK * BQ stored and re-read ones.
-// Every element of a gradient is the sum of one chain a block, blocks of queries (dk, dv) or keys (dq) ascending: its bits
-// depend neither on the tiles nor on the number of threads.
+// Keys lie in the lanes: K^T and V^T are packed once for the block, rows of q and dout are
+// broadcast from where they are, and the three gradient products read P and dS by broadcast and
+// land in natural layout. Five products of BK * BQ * d for 2 * BK * d packed elements and 4 * BK *
+// BQ stored and re-read ones. Every element of a gradient is the sum of one chain a block, blocks
+// of queries (dk, dv) or keys (dq) ascending: its bits depend neither on the tiles nor on the
+// number of threads.
 
-inline constexpr index_t BACK_KEYS = 64, BACK_QUERIES = 64, STRIP = 16;
-
-// Where the tile's rows may look: for each strip of STRIP queries the keys [begin, end) that are computed.
-struct Strips {
-    bool whole;  // every query sees every key of the block and there is no dense part
-    int count;
-    Interval keys[BACK_QUERIES / STRIP];
-};
-
-template <class T>
-struct BackwardBlock {
-    index_t k0, nk, nk_padded;
-    T *kt, *vt;          // (d, BACK_KEYS) K^T * scale * log2(e); (d_v, BACK_KEYS) V^T
-    T *k;                // (BACK_KEYS, ld) K * scale
-    T *p, *ds, *dense;   // (BACK_QUERIES, BACK_KEYS)
-    T *q_copy, *dout_copy, *dk, *dv;
-    T *dbias;            // (BACK_KEYS) if the bias is broadcast over queries
-    index_t ld, ld_v;    // d, d_v rounded up to W
-};
-
-// A masked entry of P is -0: it adds nothing to a product and can be told from an honest underflow.
-template <class T>
-FA_INLINE IntVec<T> is_masked(Vec<T> p) {
-    return (IntVec<T>)p == (IntVec<T>)splat(T(-0.0));
-}
-
-template <class T, int NI, int NJ, bool DENSE>
-FA_INLINE void probability_tile(const BackwardBlock<T> &b, Rows<T> q, Rows<T> dout, index_t i0, index_t key, index_t d, index_t d_v,
-                                const T *lse2, const T *delta, bool need_ds) {
-    T *p = b.p + i0 * BACK_KEYS + key, *ds = b.ds + i0 * BACK_KEYS + key;
-    Vec<T> acc[NI][NJ] = {};
-    multiply_tile<T, NI, NJ>(acc, q.data + i0 * q.ld, q.ld, 1, b.kt + key, BACK_KEYS, d);
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        const Vec<T> l = splat(lse2[i0 + i]);
-        FA_UNROLL
-        for (int j = 0; j < NJ; j++) {
-            Vec<T> s = acc[i][j];
-            if constexpr (DENSE) {
-                const Vec<T> add = load(b.dense + (i0 + i) * BACK_KEYS + key + j * W<T>);
-                s = exp2<T>(s + add - l);
-                s = add == splat(-Bits<T>::infinity) ? splat(T(-0.0)) : s;
-            } else {
-                s = exp2<T>(s - l);
-            }
-            store(p + i * BACK_KEYS + j * W<T>, s);
-            acc[i][j] = Vec<T>{};
-        }
-    }
-    if (!need_ds) return;
-    multiply_tile<T, NI, NJ>(acc, dout.data + i0 * dout.ld, dout.ld, 1, b.vt + key, BACK_KEYS, d_v);
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        const Vec<T> dl = splat(delta[i0 + i]);
-        FA_UNROLL
-        for (int j = 0; j < NJ; j++) {
-            const Vec<T> pv = load(p + i * BACK_KEYS + j * W<T>);
-            Vec<T> s = pv * (acc[i][j] - dl);
-            if constexpr (DENSE) s = is_masked<T>(pv) ? Vec<T>{} : s;
-            store(ds + i * BACK_KEYS + j * W<T>, s);
-        }
-    }
-}
-template <class T, int NI, int NJ, bool DENSE>
-FA_INLINE void probability_rest(int rows, const BackwardBlock<T> &b, Rows<T> q, Rows<T> dout, index_t i0, index_t key, index_t d,
-                                index_t d_v, const T *lse2, const T *delta, bool need_ds) {
-    if constexpr (NI > 0) {
-        if (rows == NI)
-            probability_tile<T, NI, NJ, DENSE>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
-        else
-            probability_rest<T, NI - 1, NJ, DENSE>(rows, b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
-    }
-}
-template <class T, int NJ, bool DENSE>
-FA_NOINLINE void probability_columns(const BackwardBlock<T> &b, Rows<T> q, Rows<T> dout, index_t begin, index_t end, index_t key,
-                                     index_t d, index_t d_v, const T *lse2, const T *delta, bool need_ds) {
-    constexpr int NI = tile_rows<NJ>;
-    index_t i = begin;
-    for (; i + NI <= end; i += NI) probability_tile<T, NI, NJ, DENSE>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
-    if (i < end) probability_rest<T, NI - 1, NJ, DENSE>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
-}
-
-// P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of W.
-template <class T, bool DENSE>
-FA_INLINE void probabilities(const BackwardBlock<T> &b, Rows<T> q, Rows<T> dout, index_t begin, index_t end, Interval keys, index_t d,
-                             index_t d_v, const T *lse2, const T *delta, bool need_ds) {
-    for (index_t key = keys.low; key < keys.high;) {
-        const int nj = next_group((keys.high - key) / W<T>);
-        if (nj == 1) probability_columns<T, 1, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-        if (nj == 2) probability_columns<T, 2, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-        if constexpr (MAX_NJ >= 4) {
-            if (nj == 3) probability_columns<T, 3, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-            if (nj == 4) probability_columns<T, 4, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-        }
-        key += nj * W<T>;
-    }
-}
-
-// Which keys each strip computes, and the dense tile (0 or bias where allowed, -inf elsewhere) if some entry is not plain.
-// False if no query of the block sees any key of it.
+// Which keys each strip computes, and the dense tile (0 or bias where allowed, -inf elsewhere) if
+// some entry is not plain. False if no query of the block sees any key of it.
 template <class E, class T = Compute<E>>
-FA_NOINLINE bool prepare_strips(const Rules &rules, const BackwardBlock<T> &b, index_t q0, index_t nq, Strips &strips) {
-    const Span span = visible_span(rules, q0, q0 + nq, b.k0 + b.nk);
-    if (span.any.low >= b.k0 + b.nk || span.any.high <= b.k0) return false;
-    bool use_mask = rules.mask.data != nullptr;
-    if (use_mask) {
-        const Cover cover = mask_cover(rules.mask, q0, nq, b.k0, b.nk);
-        if (cover == Cover::none) return false;
-        use_mask = cover == Cover::some;
+FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, index_t q0,
+                                index_t nq, Strips& strips) {
+  const Span span = visible_span(rules, q0, q0 + nq, b.k0 + b.nk);
+  if (span.any.low >= b.k0 + b.nk || span.any.high <= b.k0) return false;
+  bool use_mask = rules.mask.data != nullptr;
+  if (use_mask) {
+    const Cover cover = mask_cover(rules.mask, q0, nq, b.k0, b.nk);
+    if (cover == Cover::none) return false;
+    use_mask = cover == Cover::some;
+  }
+  const bool dense = rules.bias.data || use_mask;
+  strips.whole = !dense && span.all.low <= b.k0 && span.all.high >= b.k0 + b.nk;
+  strips.count = int((nq + STRIP - 1) / STRIP);
+  if (strips.whole) return true;
+  for (int s = 0; s < strips.count; s++) {
+    const index_t begin = q0 + s * STRIP, end = min_index(begin + STRIP, q0 + nq);
+    const Interval any = visible_span(rules, begin, end, b.k0 + b.nk).any;
+    index_t low = max_index(any.low, b.k0) - b.k0, high = min_index(any.high, b.k0 + b.nk) - b.k0;
+    if (low >= high) low = high = 0;
+    strips.keys[s] = {low / W<T> * W<T>, round_up<T>(high)};
+    for (index_t q = begin; q < end; q++) {
+      const Interval v = visible_keys(rules, q);
+      T* row = b.dense + (q - q0) * BACK_KEYS;
+      if (dense)
+        dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
+      else
+        for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
+      for (index_t c = 0; c < b.nk_padded; c++)
+        row[c] = c < b.nk && b.k0 + c >= v.low && b.k0 + c < v.high ? row[c] : -Bits<T>::infinity;
     }
-    const bool dense = rules.bias.data || use_mask;
-    strips.whole = !dense && span.all.low <= b.k0 && span.all.high >= b.k0 + b.nk;
-    strips.count = int((nq + STRIP - 1) / STRIP);
-    if (strips.whole) return true;
-    for (int s = 0; s < strips.count; s++) {
-        const index_t begin = q0 + s * STRIP, end = min_index(begin + STRIP, q0 + nq);
-        const Interval any = visible_span(rules, begin, end, b.k0 + b.nk).any;
-        index_t low = max_index(any.low, b.k0) - b.k0, high = min_index(any.high, b.k0 + b.nk) - b.k0;
-        if (low >= high) low = high = 0;
-        strips.keys[s] = {low / W<T> * W<T>, round_up<T>(high)};
-        for (index_t q = begin; q < end; q++) {
-            const Interval v = visible_keys(rules, q);
-            T *row = b.dense + (q - q0) * BACK_KEYS;
-            if (dense)
-                dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
-            else
-                for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
-            for (index_t c = 0; c < b.nk_padded; c++)
-                row[c] = c < b.nk && b.k0 + c >= v.low && b.k0 + c < v.high ? row[c] : -Bits<T>::infinity;
-        }
-    }
-    return true;
-}
-
-// c (keys x n) += a^T rows if by_key, else c (queries x n) += a rows, leaving out the (query, key) pairs that are masked: for
-// blocks in which something that is not finite lies where it must not reach. The same sums in the same order as accumulate.
-template <class T>
-FA_NOINLINE void careful_accumulate(const BackwardBlock<T> &b, const T *a, index_t nq, bool by_key, Rows<T> rows, index_t n, T *c,
-                                    index_t c_row) {
-    const index_t outer = by_key ? b.nk : nq, inner = by_key ? nq : b.nk;
-    for (index_t i = 0; i < outer; i++)
-        for (index_t x = 0; x < n; x += W<T>) {
-            const int width = int(min_index(W<T>, n - x));
-            Vec<T> acc{};
-            for (index_t p = 0; p < inner; p++) {
-                const index_t at = by_key ? p * BACK_KEYS + i : i * BACK_KEYS + p;
-                if (b.dense[at] == -Bits<T>::infinity) continue;
-                acc = fma<T>(splat(a[at]), load_n(rows.data + p * rows.ld + x, width), acc);
-            }
-            T *to = c + i * c_row + x;
-            store_n(to, load_n(to, width) + acc, width);
-        }
-}
-
-// c (keys x n) += a^T rows, where a (queries x keys) is P or dS.
-template <class T>
-FA_INLINE void accumulate_keys(const BackwardBlock<T> &b, const Strips &strips, const T *a, index_t nq, Rows<T> rows, index_t n, T *c,
-                               index_t c_row) {
-    if (strips.whole) return accumulate<T, true>(b.nk, n, nq, a, BACK_KEYS, rows.data, rows.ld, c, c_row);
-    for (index_t key = 0; key < b.nk; key += STRIP) {  // the strips that look at these keys, from the first to the last
-        const index_t end = min_index(key + STRIP, b.nk);
-        int first = strips.count, last = -1;
-        for (int s = 0; s < strips.count; s++)
-            if (strips.keys[s].low < end && strips.keys[s].high > key) first = s < first ? s : first, last = s;
-        if (last < first) continue;
-        const index_t q = first * STRIP, q_end = min_index((last + 1) * STRIP, nq);
-        accumulate<T, true>(end - key, n, q_end - q, a + q * BACK_KEYS + key, BACK_KEYS, rows.data + q * rows.ld, rows.ld, c + key * c_row,
-                            c_row);
-    }
-}
-
-// c (queries x n) += dS K
-template <class T>
-FA_INLINE void accumulate_queries(const BackwardBlock<T> &b, const Strips &strips, index_t nq, index_t n, T *c, index_t c_row) {
-    if (strips.whole) return accumulate<T, false>(nq, n, b.nk, b.ds, BACK_KEYS, b.k, b.ld, c, c_row);
-    for (int s = 0; s < strips.count; s++) {
-        const Interval keys{strips.keys[s].low, min_index(strips.keys[s].high, b.nk)};
-        if (keys.low >= keys.high) continue;
-        const index_t q = s * STRIP;
-        accumulate<T, false>(min_index(STRIP, nq - q), n, keys.high - keys.low, b.ds + q * BACK_KEYS + keys.low, BACK_KEYS,
-                             b.k + keys.low * b.ld, b.ld, c + q * c_row, c_row);
-    }
-}
-
-// dbias += dS over a tile, at `to`.
-template <class T>
-FA_NOINLINE void accumulate_bias(const BackwardBlock<T> &b, const Strips &strips, const Matrix &to, index_t nq) {
-    for (index_t q = 0; q < nq; q++)
-        for (index_t k = 0; k < b.nk; k++) {
-            if (!strips.whole && b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
-            *reinterpret_cast<T *>(to.data + q * to.row + k * to.col) += b.ds[q * BACK_KEYS + k];
-        }
+  }
+  return true;
 }
 
 struct Turn {
-    int *turn;  // null: nobody else adds
-    int ordinal;
+  int* turn;  // null: nobody else adds
+  int ordinal;
 };
-FA_INLINE Turn turn_at(const Turns &t, index_t g, index_t query_block) {
-    if (!t.turns) return {nullptr, 0};
-    return {t.turns + g * t.head + query_block, t.ordinal + (t.head == 0 ? int(g) : 0)};
+FA_INLINE Turn turn_at(const Turns& t, index_t g, index_t query_block) {
+  if (!t.turns) return {nullptr, 0};
+  return {t.turns + g * t.head + query_block, t.ordinal + (t.head == 0 ? int(g) : 0)};
 }
-FA_INLINE void wait(const BackwardHead &h, Turn t) {
-    if (t.turn) h.wait_for_turn(t.turn, t.ordinal, h.call);
+FA_INLINE void wait(const BackwardHead& h, Turn t) {
+  if (t.turn) h.wait_for_turn(t.turn, t.ordinal, h.call);
 }
-FA_INLINE void pass_on(const BackwardHead &h, Turn t) {
-    wait(h, t);  // returns at once where it was waited for already
-    if (t.turn) __atomic_store_n(t.turn, t.ordinal + 1, __ATOMIC_RELEASE);
+FA_INLINE void pass_on(const BackwardHead& h, Turn t) {
+  wait(h, t);  // returns at once where it was waited for already
+  if (t.turn) __atomic_store_n(t.turn, t.ordinal + 1, __ATOMIC_RELEASE);
 }
 
 // One block of queries [q0, q0 + nq) of query head g.
 template <class E, class T = Compute<E>>
-FA_NOINLINE void backward_tile(const BackwardHead &h, const BackwardBlock<T> &b, index_t g, index_t q0, index_t nq, bool q_in_place,
-                               bool dout_in_place) {
-    const Turn dq_turn = turn_at(h.dq_turns, g, q0 / BACK_QUERIES), bias_turn = turn_at(h.bias_turns, g, q0 / BACK_QUERIES);
-    const bool bias_per_key = h.dbias.row == 0;
-    Rules rules = h.rules;
-    if (rules.mask.data) rules.mask.data += g * h.mask_head;
-    if (rules.bias.data) rules.bias.data += g * h.bias_head;
-    Strips strips;
-    const bool visible = prepare_strips<E>(rules, b, q0, nq, strips);
-    if (visible) {
-        // 1. rows of q and dout
-        Matrix qm = h.q, dm = h.dout;
-        qm.data += g * h.q_head;
-        dm.data += g * h.dout_head;
-        const Rows<T> q = rows_at<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
-        const Rows<T> dout = rows_at<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
-        const T *lse2 = static_cast<const T *>(h.lse2) + g * h.stat_head + q0;
-        const T *delta = static_cast<const T *>(h.delta) + g * h.stat_head + q0;
-        const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
+FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b, index_t g,
+                               index_t q0, index_t nq, bool q_in_place, bool dout_in_place) {
+  const Turn dq_turn = turn_at(h.dq_turns, g, q0 / BACK_QUERIES),
+             bias_turn = turn_at(h.bias_turns, g, q0 / BACK_QUERIES);
+  const bool bias_per_key = h.dbias.row == 0;
+  Rules rules = h.rules;
+  if (rules.mask.data) rules.mask.data += g * h.mask_head;
+  if (rules.bias.data) rules.bias.data += g * h.bias_head;
+  Strips strips;
+  const bool visible = prepare_strips<E>(rules, b, q0, nq, strips);
+  if (visible) {
+    // 1. rows of q and dout
+    Matrix qm = h.q, dm = h.dout;
+    qm.data += g * h.q_head;
+    dm.data += g * h.dout_head;
+    const Rows<T> q = rows_at<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
+    const Rows<T> dout = rows_at<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
+    const T* lse2 = static_cast<const T*>(h.lse2) + g * h.stat_head + q0;
+    const T* delta = static_cast<const T*>(h.delta) + g * h.stat_head + q0;
+    const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
 
-        // 2. P and dS
-        if (strips.whole) {
-            probabilities<T, false>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta, need_ds);
-        } else {
-            for (int s = 0; s < strips.count; s++) {
-                const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
-                const Interval keys = strips.keys[s];
-                for (index_t i = begin; i < end; i++)
-                    for (index_t k = 0; k < b.nk_padded; k += W<T>)
-                        if (k < keys.low || k >= keys.high) {
-                            store(b.p + i * BACK_KEYS + k, splat(T(-0.0)));
-                            store(b.ds + i * BACK_KEYS + k, Vec<T>{});
-                        }
-                probabilities<T, true>(b, q, dout, begin, end, keys, h.d, h.d_v, lse2, delta, need_ds);
+    // 2. P and dS
+    if (strips.whole) {
+      probabilities<T, false>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta,
+                              need_ds);
+    } else {
+      for (int s = 0; s < strips.count; s++) {
+        const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
+        const Interval keys = strips.keys[s];
+        for (index_t i = begin; i < end; i++)
+          for (index_t k = 0; k < b.nk_padded; k += W<T>)
+            if (k < keys.low || k >= keys.high) {
+              store(b.p + i * BACK_KEYS + k, splat(T(-0.0)));
+              store(b.ds + i * BACK_KEYS + k, Vec<T>{});
             }
-        }
-
-        // 3. dv += P^T dout, dk += dS^T q (scaled at the end)
-        const bool careful = !strips.whole && !(all_finite<T>(q, nq, h.d) && all_finite<T>(dout, nq, h.d_v) &&
-                                                all_finite<T>({b.k, b.ld}, b.nk, h.d));
-        if (h.dv.data) {
-            if (careful)
-                careful_accumulate<T>(b, b.p, nq, true, dout, h.d_v, b.dv, b.ld_v);
-            else
-                accumulate_keys<T>(b, strips, b.p, nq, dout, h.d_v, b.dv, b.ld_v);
-        }
-        if (h.dk.data) {
-            if (careful)
-                careful_accumulate<T>(b, b.ds, nq, true, q, h.d, b.dk, b.ld);
-            else
-                accumulate_keys<T>(b, strips, b.ds, nq, q, h.d, b.dk, b.ld);
-        }
-
-        // 4. dq += dS k (k is scaled), dbias += dS
-        wait(h, dq_turn);
-        if (h.dq.data) {
-            T *dq = reinterpret_cast<T *>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
-            const index_t dq_row = h.dq.row / index_t(sizeof(T));
-            if (careful)
-                careful_accumulate<T>(b, b.ds, nq, false, {b.k, b.ld}, h.d, dq, dq_row);
-            else
-                accumulate_queries<T>(b, strips, nq, h.d, dq, dq_row);
-        }
-        if (h.dbias.data && bias_per_key) {
-            accumulate_bias<T>(b, strips, {reinterpret_cast<char *>(b.dbias), 0, index_t(sizeof(T))}, nq);
-        } else if (h.dbias.data) {
-            wait(h, bias_turn);
-            accumulate_bias<T>(b, strips, {h.dbias.data + g * h.dbias_head + q0 * h.dbias.row + b.k0 * h.dbias.col, h.dbias.row, h.dbias.col},
-                               nq);
-        }
+        probabilities<T, true>(b, q, dout, begin, end, keys, h.d, h.d_v, lse2, delta, need_ds);
+      }
     }
-    pass_on(h, dq_turn);
-    if (!bias_per_key) pass_on(h, bias_turn);
+
+    // 3. dv += P^T dout, dk += dS^T q (scaled at the end)
+    const bool careful =
+        !strips.whole && !(all_finite<T>(q, nq, h.d) && all_finite<T>(dout, nq, h.d_v) &&
+                           all_finite<T>({b.k, b.ld}, b.nk, h.d));
+    if (h.dv.data) {
+      if (careful)
+        careful_accumulate<T>(b, b.p, nq, true, dout, h.d_v, b.dv, b.ld_v);
+      else
+        accumulate_keys<T>(b, strips, b.p, nq, dout, h.d_v, b.dv, b.ld_v);
+    }
+    if (h.dk.data) {
+      if (careful)
+        careful_accumulate<T>(b, b.ds, nq, true, q, h.d, b.dk, b.ld);
+      else
+        accumulate_keys<T>(b, strips, b.ds, nq, q, h.d, b.dk, b.ld);
+    }
+
+    // 4. dq += dS k (k is scaled), dbias += dS
+    wait(h, dq_turn);
+    if (h.dq.data) {
+      T* dq = reinterpret_cast<T*>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
+      const index_t dq_row = h.dq.row / index_t(sizeof(T));
+      if (careful)
+        careful_accumulate<T>(b, b.ds, nq, false, {b.k, b.ld}, h.d, dq, dq_row);
+      else
+        accumulate_queries<T>(b, strips, nq, h.d, dq, dq_row);
+    }
+    if (h.dbias.data && bias_per_key) {
+      accumulate_bias<T>(b, strips, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(T))}, nq);
+    } else if (h.dbias.data) {
+      wait(h, bias_turn);
+      accumulate_bias<T>(b, strips,
+                         {h.dbias.data + g * h.dbias_head + q0 * h.dbias.row + b.k0 * h.dbias.col,
+                          h.dbias.row, h.dbias.col},
+                         nq);
+    }
+  }
+  pass_on(h, dq_turn);
+  if (!bias_per_key) pass_on(h, bias_turn);
 }
 
-// A bias broadcast over queries gathers its gradient in scratch first, one sum a key; it joins dbias after the last query.
+// A bias broadcast over queries gathers its gradient in scratch first, one sum a key; it joins
+// dbias after the last query.
 template <class T>
-FA_NOINLINE void finish_bias(const BackwardHead &h, const BackwardBlock<T> &b, index_t g) {
-    const Turn turn = turn_at(h.bias_turns, g, 0);
-    wait(h, turn);
-    for (index_t k = 0; k < b.nk; k++)
-        *reinterpret_cast<T *>(h.dbias.data + g * h.dbias_head + (b.k0 + k) * h.dbias.col) += b.dbias[k];
-    pass_on(h, turn);
-    __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
+FA_NOINLINE void finish_bias(const BackwardHead& h, const BackwardBlock<T>& b, index_t g) {
+  const Turn turn = turn_at(h.bias_turns, g, 0);
+  wait(h, turn);
+  for (index_t k = 0; k < b.nk; k++)
+    *reinterpret_cast<T*>(h.dbias.data + g * h.dbias_head + (b.k0 + k) * h.dbias.col) += b.dbias[k];
+  pass_on(h, turn);
+  __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
 }
 
-template <class E>
-static size_t backward_scratch(const BackwardHead &h) {
-    using T = Compute<E>;
-    const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
-    const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v + BACK_QUERIES * (ld + ld_v) +
-                             3 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
-    return size_t(elements) * sizeof(T) + 16 * 64;
+template <class E> static size_t backward_scratch(const BackwardHead& h) {
+  using T = Compute<E>;
+  const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
+  const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v +
+                           BACK_QUERIES * (ld + ld_v) + 3 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
+  return size_t(elements) * sizeof(T) + 16 * 64;
 }
 
-template <class E>
-static void backward(const BackwardHead &h, index_t key_block, void *scratch) {
-    using T = Compute<E>;
-    char *free = static_cast<char *>(scratch);
-    BackwardBlock<T> b;
-    b.k0 = key_block * BACK_KEYS;
-    b.nk = min_index(BACK_KEYS, h.sk - b.k0);
-    b.nk_padded = round_up<T>(b.nk);
-    b.ld = round_up<T>(h.d);
-    b.ld_v = round_up<T>(h.d_v);
-    b.kt = carve<T>(free, h.d * BACK_KEYS);
-    b.vt = carve<T>(free, h.d_v * BACK_KEYS);
-    b.p = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-    b.ds = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-    b.dense = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-    b.k = carve<T>(free, BACK_KEYS * b.ld);
-    b.dk = carve<T>(free, BACK_KEYS * b.ld);
-    b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
-    b.dbias = carve<T>(free, BACK_KEYS);
-    const bool q_in_place = is_ready<E>(h.q) && h.d % W<T> == 0;
-    const bool dout_in_place = is_ready<E>(h.dout) && h.d_v % W<T> == 0;
-    b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
-    b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
+template <class E> static void backward(const BackwardHead& h, index_t key_block, void* scratch) {
+  using T = Compute<E>;
+  char* free = static_cast<char*>(scratch);
+  BackwardBlock<T> b;
+  b.k0 = key_block * BACK_KEYS;
+  b.nk = min_index(BACK_KEYS, h.sk - b.k0);
+  b.nk_padded = round_up<T>(b.nk);
+  b.ld = round_up<T>(h.d);
+  b.ld_v = round_up<T>(h.d_v);
+  b.kt = carve<T>(free, h.d * BACK_KEYS);
+  b.vt = carve<T>(free, h.d_v * BACK_KEYS);
+  b.p = carve<T>(free, BACK_QUERIES * BACK_KEYS);
+  b.ds = carve<T>(free, BACK_QUERIES * BACK_KEYS);
+  b.dense = carve<T>(free, BACK_QUERIES * BACK_KEYS);
+  b.k = carve<T>(free, BACK_KEYS * b.ld);
+  b.dk = carve<T>(free, BACK_KEYS * b.ld);
+  b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
+  b.dbias = carve<T>(free, BACK_KEYS);
+  const bool q_in_place = is_ready<E>(h.q) && h.d % W<T> == 0;
+  const bool dout_in_place = is_ready<E>(h.dout) && h.d_v % W<T> == 0;
+  b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
+  b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
 
-    pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(h.scale * LOG2E), b.kt, BACK_KEYS);
-    pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
-    __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
-    __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
-    __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
+  pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(h.scale * LOG2E), b.kt, BACK_KEYS);
+  pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
+  copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+  __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
+  __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
+  __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
 
-    for (index_t g = 0; g < h.group; g++) {
-        for (index_t q0 = 0; q0 < h.sq; q0 += BACK_QUERIES)
-            backward_tile<E>(h, b, g, q0, min_index(BACK_QUERIES, h.sq - q0), q_in_place, dout_in_place);
-        if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
-    }
+  for (index_t g = 0; g < h.group; g++) {
+    for (index_t q0 = 0; q0 < h.sq; q0 += BACK_QUERIES)
+      backward_tile<E>(h, b, g, q0, min_index(BACK_QUERIES, h.sq - q0), q_in_place, dout_in_place);
+    if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
+  }
 
-    if (h.dk.data) store_rows<E>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
-    if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(1), h.dv, b.k0, b.nk, h.d_v);
+  if (h.dk.data) store_rows<E>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
+  if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(1), h.dv, b.k0, b.nk, h.d_v);
 }
 
 // delta = rowsum(dout * out) and lse2 = lse * log2(e) for queries [begin, end).
-template <class E>
-static void delta(const DeltaHead &h, index_t begin, index_t end) {
-    using T = Compute<E>;
-    const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
-    for (index_t q = begin; q < end; q++) {
-        const char *o = h.out.data + q * h.out.row, *g = h.dout.data + q * h.dout.row;
-        Vec<T> sum{};
-        index_t c = 0;
-        if (native)
-            for (; c + W<T> <= h.dv; c += W<T>) sum = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum);
-        for (; c < h.dv; c += W<T>) {
-            const int n = int(min_index(W<T>, h.dv - c));
-            sum = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n), gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum);
-        }
-        static_cast<T *>(h.delta)[q] = sum_lanes<T>(sum);
-        static_cast<T *>(h.lse2)[q] = static_cast<const T *>(h.lse)[q] * T(LOG2E);
+template <class E> static void delta(const DeltaHead& h, index_t begin, index_t end) {
+  using T = Compute<E>;
+  const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
+  for (index_t q = begin; q < end; q++) {
+    const char *o = h.out.data + q * h.out.row, *g = h.dout.data + q * h.dout.row;
+    Vec<T> sum{};
+    index_t c = 0;
+    if (native)
+      for (; c + W<T> <= h.dv; c += W<T>)
+        sum = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum);
+    for (; c < h.dv; c += W<T>) {
+      const int n = int(min_index(W<T>, h.dv - c));
+      sum = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
+                   gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum);
     }
+    static_cast<T*>(h.delta)[q] = sum_lanes<T>(sum);
+    static_cast<T*>(h.lse2)[q] = static_cast<const T*>(h.lse)[q] * T(LOG2E);
+  }
 }
 
 // Rounds rows of a gradient that was summed in the compute type.
 template <class E>
-static void round_rows(const void *sums, const Matrix &dst, index_t begin, index_t end, index_t cols) {
-    using T = Compute<E>;
-    store_rows<E>(static_cast<const T *>(sums) + begin * cols, cols, T(1), dst, begin, end - begin, cols);
+static void round_rows(const void* sums, const Matrix& dst, index_t begin, index_t end,
+                       index_t cols) {
+  using T = Compute<E>;
+  store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(1), dst, begin, end - begin,
+                cols);
 }

@@ -1,353 +1,228 @@
-// Forward: out = softmax(scale * q k^T + ...) v for a range of queries of one head, tile by tile, with the online softmax of
-// Milakov and Gimelshein (2018) as FlashAttention (Dao et al., 2022) uses it. No score matrix.
+// Forward: out = softmax(scale * q k^T + ...) v for a range of queries of one head, tile by tile,
+// with the online softmax of Milakov and Gimelshein (2018) as FlashAttention (Dao et al., 2022)
+// uses it. No score matrix.
 //
-// Queries lie in the lanes: S^T [keys x queries] from rows of K broadcast from where they are and packed Q^T, then
-// O^T [dv x queries] += V^T P^T with rows of V broadcast from where they are. So K and V are neither packed nor transposed,
-// and max, sum and rescaling are vertical. Only Q on the way in and O on the way out are transposed.
+// Queries lie in the lanes: S^T [keys x queries] from rows of K broadcast from where they are and
+// packed Q^T, then O^T [dv x queries] += V^T P^T with rows of V broadcast from where they are. So K
+// and V are neither packed nor transposed, and max, sum and rescaling are vertical. Only Q on the
+// way in and O on the way out are transposed.
 //
-// Cost for a block of 128 keys and 64 queries at d = 64, W = 16: 2 * 128 * 4 * 64 = 65,536 multiply-adds (one a cycle), the
-// exp pass 128 * 4 vectors at about 7 cycles (5 %), rescaling O 64 * 4 (0.4 %), storing and re-reading P 3 %.
-
-inline constexpr index_t KEY_BLOCK = 128;
-template <class T>
-inline constexpr int LINE = 64 / int(sizeof(T));  // elements in a cache line
-template <class T>
-inline constexpr int LANES = MAX_NJ * W<T>;  // queries in the widest sub-block
-
-// Up to LANES queries and their running softmax, in log2 units.
-template <class T>
-struct Queries {
-    index_t first, count;
-    int vectors;             // in use, ceil(count / W); also the row length of q, o and p in vectors
-    Span keys;
-    T *q;                    // (d, lanes)   Q^T * scale * log2(e)
-    T *o;                    // (dv, lanes)  sum of P V so far
-    T *max, *sum, *seen;     // (lanes); seen: 1 once a key was allowed
-};
-
-template <class T, int NI, int NQ>
-FA_INLINE void score_tile(Rows<T> k, const T *q, index_t d, T *p, Vec<T> (&max)[NQ]) {
-    Vec<T> acc[NI][NQ] = {};
-    multiply_tile<T, NI, NQ>(acc, k.data, k.ld, 1, q, NQ * W<T>, d);
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) {
-            store(p + (i * NQ + j) * W<T>, acc[i][j]);
-            max[j] = max_or_second<T>(acc[i][j], max[j]);
-        }
-    }
-}
-template <class T, int NI, int NQ>
-FA_INLINE void score_rest(int rows, Rows<T> k, const T *q, index_t d, T *p, Vec<T> (&max)[NQ]) {
-    if constexpr (NI > 0) {
-        if (rows == NI)
-            score_tile<T, NI, NQ>(k, q, d, p, max);
-        else
-            score_rest<T, NI - 1, NQ>(rows, k, q, d, p, max);
-    }
-}
-
-// p[key][query] = k[key] . q[query] for n keys; the maximum over keys joins max_io. Fetches the next keys and these values.
-template <class T, int NQ>
-FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T *q, index_t d, index_t dv, T *p, T *max_io) {
-    constexpr int NI = tile_rows<NQ>;
-    Vec<T> max[NQ];
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
-    index_t i = 0;
-    for (; i + NI <= n; i += NI) {
-        for (index_t r = 0; r < NI; r++) {
-            for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (i + NI + r) * k.ld + c);
-            for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
-        }
-        score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
-    }
-    if (i < n) score_rest<T, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
-}
-
-// P = exp2(S - max) in place, with the running maximum and sum; rescale = what the sums so far must be multiplied by.
-template <class T, int NQ>
-FA_NOINLINE void exponentials(index_t n, T *p, const T *block_max, T *max_io, T *sum_io, T *rescale, Ahead &ahead) {
-    Vec<T> max[NQ], sum[NQ];
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) {
-        const Vec<T> before = load(max_io + j * W<T>);
-        max[j] = max_or_second<T>(load(block_max + j * W<T>), before);
-        store(max_io + j * W<T>, max[j]);
-        store(rescale + j * W<T>, exp2<T>(before - max[j]));
-        sum[j] = Vec<T>{};
-    }
-#pragma GCC unroll 1
-    for (index_t i = 0; i < n; i++) {
-        fetch_ahead(ahead);
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) {
-            T *at = p + (i * NQ + j) * W<T>;
-            const Vec<T> e = exp2<T>(load(at) - max[j]);
-            sum[j] += e;
-            store(at, e);
-        }
-    }
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) store(sum_io + j * W<T>, fma<T>(load(sum_io + j * W<T>), load(rescale + j * W<T>), sum[j]));
-}
-
-// The block's own sum is made first and then joins the rescaled sums so far: one chain over all keys would lose a digit on long rows.
-template <class T, int NI, int NQ>
-FA_INLINE void value_tile(Rows<T> v, const T *p, T *o, const T *rescale, index_t n) {
-    Vec<T> acc[NI][NQ] = {};
-    multiply_tile<T, NI, NQ>(acc, v.data, 1, v.ld, p, NQ * W<T>, n);
-    FA_UNROLL
-    for (int i = 0; i < NI; i++) {
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) {
-            T *at = o + (i * NQ + j) * W<T>;
-            store(at, fma<T>(load(at), load(rescale + j * W<T>), acc[i][j]));
-        }
-    }
-}
-template <class T, int NI, int NQ>
-FA_INLINE void value_rest(int dims, Rows<T> v, const T *p, T *o, const T *rescale, index_t n) {
-    if constexpr (NI > 0) {
-        if (dims == NI)
-            value_tile<T, NI, NQ>(v, p, o, rescale, n);
-        else
-            value_rest<T, NI - 1, NQ>(dims, v, p, o, rescale, n);
-    }
-}
-
-// o[dim][query] = o * rescale + sum over n keys of v[key][dim] * p[key][query]
-template <class T, int NQ>
-FA_NOINLINE void values(index_t n, Rows<T> v, const T *p, index_t dv, T *o, const T *rescale) {
-    constexpr int NI = tile_rows<NQ>;
-    index_t i = 0;
-    for (; i + NI <= dv; i += NI) value_tile<T, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
-    if (i < dv) value_rest<T, NI - 1, NQ>(int(dv - i), {v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
-}
-
-// The same where V holds something that is not finite and P marks masked entries by -1: 0 * NaN must not happen.
-template <class T, int NQ>
-FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T *p, index_t dv, T *o, const T *rescale) {
-    for (index_t i = 0; i < dv; i++)
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) {
-            T *at = o + (i * NQ + j) * W<T>;
-            Vec<T> acc{};
-            for (index_t key = 0; key < n; key++) {
-                const Vec<T> e = load(p + (key * NQ + j) * W<T>);
-                acc = e < Vec<T>{} ? acc : fma<T>(splat(v.data[key * v.ld + i]), e, acc);
-            }
-            store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
-        }
-}
+// Cost for a block of 128 keys and 64 queries at d = 64, W = 16: 2 * 128 * 4 * 64 = 65,536
+// multiply-adds (one a cycle), the exp pass 128 * 4 vectors at about 7 cycles (5 %), rescaling O 64
+// * 4 (0.4 %), storing and re-reading P 3 %.
 
 // The dense part of a range of keys: dense[key][query], or one value a key (step 0).
-template <class T>
-struct Dense {
-    const T *data;  // null: none
-    index_t key_step, vector_step;
+template <class T> struct Dense {
+  const T* data;  // null: none
+  index_t key_step, vector_step;
 };
-template <class T>
-FA_INLINE Vec<T> dense_at(const Dense<T> &d, index_t key, int j) {
-    const T *p = d.data + key * d.key_step;
-    return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
+template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
+  const T* p = d.data + key * d.key_step;
+  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
 }
 
 // S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io.
 template <class T, int NQ>
-FA_NOINLINE void add_dense(index_t n, T *p, const Dense<T> &dense, T *max_io, T *seen) {
-    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) {
-        Vec<T> max = load(max_io + j * W<T>), any = load(seen + j * W<T>);
-        for (index_t i = 0; i < n; i++) {
-            T *at = p + (i * NQ + j) * W<T>;
-            const Vec<T> add = dense_at(dense, i, j);
-            const Vec<T> s = add == minus_inf ? minus_inf : load(at) + add;
-            any = add == minus_inf ? any : splat(T(1));
-            max = max_or_second<T>(s, max);
-            store(at, s);
-        }
-        store(max_io + j * W<T>, max);
-        store(seen + j * W<T>, any);
+FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T* seen) {
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    Vec<T> max = load(max_io + j * W<T>), any = load(seen + j * W<T>);
+    for (index_t i = 0; i < n; i++) {
+      T* at = p + (i * NQ + j) * W<T>;
+      const Vec<T> add = dense_at(dense, i, j);
+      const Vec<T> s = add == minus_inf ? minus_inf : load(at) + add;
+      any = add == minus_inf ? any : splat(T(1));
+      max = max_or_second<T>(s, max);
+      store(at, s);
     }
+    store(max_io + j * W<T>, max);
+    store(seen + j * W<T>, any);
+  }
 }
-template <class T, int NQ>
-FA_NOINLINE void mark_masked(index_t n, T *p, const Dense<T> &dense) {
-    for (index_t i = 0; i < n; i++)
-        FA_UNROLL
-        for (int j = 0; j < NQ; j++) {
-            T *at = p + (i * NQ + j) * W<T>;
-            store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
-        }
+template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
+  for (index_t i = 0; i < n; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T* at = p + (i * NQ + j) * W<T>;
+    store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
+  }
 }
 
-// Fills tile[key - k0][query] for keys [k0, k1): mask and bias, and the row intervals where they cut through the range.
+// Fills tile[key - k0][query] for keys [k0, k1): mask and bias, and the row intervals where they
+// cut through the range.
 template <class E, class T = Compute<E>>
-FA_NOINLINE Dense<T> dense_tile(const Rules &rules, const Queries<T> &x, bool use_mask, bool ragged, index_t k0, index_t k1, T *tile) {
-    const index_t n = k1 - k0, lanes = x.vectors * W<T>;
-    const bool dense = rules.bias.data || use_mask;
-    if (!dense && !ragged) return {nullptr, 0, 0};
-    if (dense && !ragged && dense_is_per_key(rules, use_mask)) {
-        dense_row<E>(rules, use_mask, x.first, k0, n, tile);
-        return {tile, 1, 0};
+FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
+                                index_t k0, index_t k1, T* tile) {
+  const index_t n = k1 - k0, lanes = x.vectors * W<T>;
+  const bool dense = rules.bias.data || use_mask;
+  if (!dense && !ragged) return {nullptr, 0, 0};
+  if (dense && !ragged && dense_is_per_key(rules, use_mask)) {
+    dense_row<E>(rules, use_mask, x.first, k0, n, tile);
+    return {tile, 1, 0};
+  }
+  alignas(64) T rows[W<T>][KEY_BLOCK];
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    FA_UNROLL
+    for (int i = 0; i < W<T>; i++) {
+      const index_t q = x.first + min_index(r + i, x.count - 1);
+      if (dense)
+        dense_row<E>(rules, use_mask, q, k0, n, rows[i]);
+      else
+        for (index_t c = 0; c < n; c++) rows[i][c] = T(0);
+      if (ragged) {
+        const Interval v = visible_keys(rules, q);
+        for (index_t c = 0; c < n; c++)
+          rows[i][c] = k0 + c >= v.low && k0 + c < v.high ? rows[i][c] : -Bits<T>::infinity;
+      }
     }
-    alignas(64) T rows[W<T>][KEY_BLOCK];
-    for (index_t r = 0; r < lanes; r += W<T>) {
-        FA_UNROLL
-        for (int i = 0; i < W<T>; i++) {
-            const index_t q = x.first + min_index(r + i, x.count - 1);
-            if (dense)
-                dense_row<E>(rules, use_mask, q, k0, n, rows[i]);
-            else
-                for (index_t c = 0; c < n; c++) rows[i][c] = T(0);
-            if (ragged) {
-                const Interval v = visible_keys(rules, q);
-                for (index_t c = 0; c < n; c++) rows[i][c] = k0 + c >= v.low && k0 + c < v.high ? rows[i][c] : -Bits<T>::infinity;
-            }
-        }
-        const Matrix m{reinterpret_cast<char *>(rows), index_t(sizeof(rows[0])), index_t(sizeof(T))};
-        pack_transposed<T>(m, 0, W<T>, n, T(1), tile + r, lanes);
-    }
-    return {tile, lanes, W<T>};
+    const Matrix m{reinterpret_cast<char*>(rows), index_t(sizeof(rows[0])), index_t(sizeof(T))};
+    pack_transposed<T>(m, 0, W<T>, n, T(1), tile + r, lanes);
+  }
+  return {tile, lanes, W<T>};
 }
 
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
-FA_NOINLINE void forward_block(const ForwardHead &h, Queries<T> &x, Rows<T> k, Rows<T> v, index_t block, index_t k0, index_t k1,
-                               T *p, T *tile, Ahead &ahead) {
-    const index_t lanes = NQ * W<T>;
-    bool use_mask = h.rules.mask.data != nullptr;
-    if (use_mask) {
-        const Cover cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
-        if (cover == Cover::none) return;
-        use_mask = cover == Cover::some;
-    }
-    alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
-    FA_UNROLL
-    for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));
+FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v,
+                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead) {
+  const index_t lanes = NQ * W<T>;
+  bool use_mask = h.rules.mask.data != nullptr;
+  if (use_mask) {
+    const Cover cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
+    if (cover == Cover::none) return;
+    use_mask = cover == Cover::some;
+  }
+  alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));
 
-    // 1. scores, in up to three ranges: ragged, seen by every query, ragged
-    index_t cut[4] = {k0, max_index(k0, min_index(k1, x.keys.all.low)), 0, k1};
-    cut[2] = max_index(cut[1], min_index(k1, x.keys.all.high));
-    Dense<T> dense[3] = {};
-    bool careful = false;
-    for (int r = 0; r < 3; r++) {
-        const index_t a = cut[r], n = cut[r + 1] - a;
-        if (n <= 0) continue;
-        T *pr = p + (a - k0) * lanes;
-        dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
-        const bool plain = !dense[r].data;
-        const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
-        scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain ? block_max : ignored);
-        if (plain) {
-            FA_UNROLL
-            for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
-        } else {
-            add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
-            careful |= !all_finite<T>(vr, n, h.dv);
-        }
-    }
-
-    // 2. P = exp2(S - max), running maximum and sum
-    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
-
-    // 3. O = O * rescale + P V
-    const Rows<T> vb{v.data + (k0 - block) * v.ld, v.ld};
-    if (careful) {
-        for (int r = 0; r < 3; r++)
-            if (dense[r].data) mark_masked<T, NQ>(cut[r + 1] - cut[r], p + (cut[r] - k0) * lanes, dense[r]);
-        careful_values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
+  // 1. scores, in up to three ranges: ragged, seen by every query, ragged
+  index_t cut[4] = {k0, max_index(k0, min_index(k1, x.keys.all.low)), 0, k1};
+  cut[2] = max_index(cut[1], min_index(k1, x.keys.all.high));
+  Dense<T> dense[3] = {};
+  bool careful = false;
+  for (int r = 0; r < 3; r++) {
+    const index_t a = cut[r], n = cut[r + 1] - a;
+    if (n <= 0) continue;
+    T* pr = p + (a - k0) * lanes;
+    dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
+    const bool plain = !dense[r].data;
+    const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
+    scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain ? block_max : ignored);
+    if (plain) {
+      FA_UNROLL
+      for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
     } else {
-        values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
+      add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
+      careful |= !all_finite<T>(vr, n, h.dv);
     }
+  }
+
+  // 2. P = exp2(S - max), running maximum and sum
+  exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
+
+  // 3. O = O * rescale + P V
+  const Rows<T> vb{v.data + (k0 - block) * v.ld, v.ld};
+  if (careful) {
+    for (int r = 0; r < 3; r++)
+      if (dense[r].data)
+        mark_masked<T, NQ>(cut[r + 1] - cut[r], p + (cut[r] - k0) * lanes, dense[r]);
+    careful_values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
+  } else {
+    values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
+  }
 }
 
 template <class E, class T = Compute<E>>
-FA_NOINLINE void finish(const ForwardHead &h, Queries<T> &x) {
-    alignas(64) T inverse[LANES<T>], lse[LANES<T>];
-    for (int j = 0; j < x.vectors; j++) {
-        const Vec<T> l = load(x.sum + j * W<T>), zero{};
-        // Nothing summed: no key was allowed (0 and -inf), or every allowed logit was -inf (softmax of -inf is NaN).
-        const Vec<T> empty = load(x.seen + j * W<T>) == zero ? zero : splat(T(__builtin_nan("")));
-        store(inverse + j * W<T>, l == zero ? empty : splat(T(1)) / l);
-        const Vec<T> log_sum = (load(x.max + j * W<T>) + log2_positive<T>(l)) * splat(T(LN2));
-        store(lse + j * W<T>, l == zero ? empty - splat(Bits<T>::infinity) : log_sum);
-    }
-    unpack_transposed<E>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
-    __builtin_memcpy(static_cast<T *>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
+FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
+  alignas(64) T inverse[LANES<T>], lse[LANES<T>];
+  for (int j = 0; j < x.vectors; j++) {
+    const Vec<T> l = load(x.sum + j * W<T>), zero{};
+    // Nothing summed: no key was allowed (0 and -inf), or every allowed logit was -inf (softmax of
+    // -inf is NaN).
+    const Vec<T> empty = load(x.seen + j * W<T>) == zero ? zero : splat(T(__builtin_nan("")));
+    store(inverse + j * W<T>, l == zero ? empty : splat(T(1)) / l);
+    const Vec<T> log_sum = (load(x.max + j * W<T>) + log2_positive<T>(l)) * splat(T(LN2));
+    store(lse + j * W<T>, l == zero ? empty - splat(Bits<T>::infinity) : log_sum);
+  }
+  unpack_transposed<E>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
+  __builtin_memcpy(static_cast<T*>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
+}
+
+template <class E> static size_t forward_scratch(const ForwardHead& h, index_t queries) {
+  using T = Compute<E>;
+  const index_t subs =
+      (queries + W<T> - 1) / W<T>;  // at most, if every sub-block were one vector wide
+  const index_t lanes = round_up<T>(queries) + LANES<T>;
+  const index_t elements =
+      lanes * (h.d + h.dv + 3) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + h.dv);
+  return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 6 * 64 +
+         8 * 64;
 }
 
 template <class E>
-static size_t forward_scratch(const ForwardHead &h, index_t queries) {
-    using T = Compute<E>;
-    const index_t subs = (queries + W<T> - 1) / W<T>;  // at most, if every sub-block were one vector wide
-    const index_t lanes = round_up<T>(queries) + LANES<T>;
-    const index_t elements = lanes * (h.d + h.dv + 3) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + h.dv);
-    return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 6 * 64 + 8 * 64;
-}
+static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const NextQueries& next,
+                    void* scratch) {
+  using T = Compute<E>;
+  char* free = static_cast<char*>(scratch);
+  const bool k_in_place = is_ready<E>(h.k), v_in_place = is_ready<E>(h.v);
+  T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
+  T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d),
+    *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * h.dv);
+  auto* subs = reinterpret_cast<Queries<T>*>(
+      carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
 
-template <class E>
-static void forward(const ForwardHead &h, index_t q_begin, index_t q_end, const NextQueries &next, void *scratch) {
-    using T = Compute<E>;
-    char *free = static_cast<char *>(scratch);
-    const bool k_in_place = is_ready<E>(h.k), v_in_place = is_ready<E>(h.v);
-    T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
-    T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d), *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * h.dv);
-    auto *subs = reinterpret_cast<Queries<T> *>(carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
+  int n = 0;
+  Interval any{h.sk, 0};
+  for (index_t q = q_begin; q < q_end; n++) {
+    Queries<T>& x = subs[n];
+    x.first = q;
+    x.count = min_index(q_end - q, LANES<T>);
+    x.vectors = int((x.count + W<T> - 1) / W<T>);
+    x.keys = visible_span(h.rules, q, q + x.count, h.sk);
+    const index_t lanes = x.vectors * W<T>;
+    x.q = carve<T>(free, h.d * lanes);
+    x.o = carve<T>(free, h.dv * lanes);
+    x.max = carve<T>(free, lanes);
+    x.sum = carve<T>(free, lanes);
+    x.seen = carve<T>(free, lanes);
+    pack_transposed<E>(h.q, q, x.count, h.d, T(h.scale * LOG2E), x.q, lanes);
+    __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
+    for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = 0, x.seen[i] = 0;
+    any.low = min_index(any.low, x.keys.any.low);
+    any.high = max_index(any.high, x.keys.any.high);
+    q += x.count;
+  }
 
-    int n = 0;
-    Interval any{h.sk, 0};
-    for (index_t q = q_begin; q < q_end; n++) {
-        Queries<T> &x = subs[n];
-        x.first = q;
-        x.count = min_index(q_end - q, LANES<T>);
-        x.vectors = int((x.count + W<T> - 1) / W<T>);
-        x.keys = visible_span(h.rules, q, q + x.count, h.sk);
-        const index_t lanes = x.vectors * W<T>;
-        x.q = carve<T>(free, h.d * lanes);
-        x.o = carve<T>(free, h.dv * lanes);
-        x.max = carve<T>(free, lanes);
-        x.sum = carve<T>(free, lanes);
-        x.seen = carve<T>(free, lanes);
-        pack_transposed<E>(h.q, q, x.count, h.d, T(h.scale * LOG2E), x.q, lanes);
-        __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
-        for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = 0, x.seen[i] = 0;
-        any.low = min_index(any.low, x.keys.any.low);
-        any.high = max_index(any.high, x.keys.any.high);
-        q += x.count;
+  // Lines to fetch for the next task, spread over this one's keys.
+  const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
+  Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes),
+               stream_of(next.out, next.begin, next.end, v_bytes),
+               stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
+               stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
+              0};
+  index_t lines = 0;
+  for (const Stream& s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
+  const index_t steps = n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK);
+  ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
+
+  // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not
+  // depend on its neighbours.
+  for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
+    const index_t end = min_index(block + KEY_BLOCK, any.high);
+    const Rows<T> k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
+    const Rows<T> v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
+    for (int s = 0; s < n; s++) {
+      Queries<T>& x = subs[s];
+      const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
+      if (k0 >= k1) continue;
+      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
+      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
+      if constexpr (MAX_NJ >= 4) {
+        if (x.vectors == 3) forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
+        if (x.vectors == 4) forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
+      }
     }
-
-    // Lines to fetch for the next task, spread over this one's keys.
-    const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
-    Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes), stream_of(next.out, next.begin, next.end, v_bytes),
-                 stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
-                 stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
-                0};
-    index_t lines = 0;
-    for (const Stream &s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
-    const index_t steps = n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK);
-    ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
-
-    // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not depend on its neighbours.
-    for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
-        const index_t end = min_index(block + KEY_BLOCK, any.high);
-        const Rows<T> k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
-        const Rows<T> v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
-        for (int s = 0; s < n; s++) {
-            Queries<T> &x = subs[s];
-            const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
-            if (k0 >= k1) continue;
-            if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
-            if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
-            if constexpr (MAX_NJ >= 4) {
-                if (x.vectors == 3) forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
-                if (x.vectors == 4) forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
-            }
-        }
-    }
-    for (int s = 0; s < n; s++) finish<E>(h, subs[s]);
+  }
+  for (int s = 0; s < n; s++) finish<E>(h, subs[s]);
 }

@@ -1,5 +1,6 @@
-// The one kernel source. isa/NAME.cpp sets the target (FUSEDATTN_TABLE, FUSEDATTN_VECTOR_BYTES, FUSEDATTN_REGISTERS) and
-// includes this file; all of it has internal linkage, so that code compiled for one instruction set never runs for another.
+// The one kernel source. isa/NAME.cpp sets the target (FUSEDATTN_TABLE, FUSEDATTN_VECTOR_BYTES,
+// FUSEDATTN_REGISTERS) and includes this file; all of it has internal linkage, so that code
+// compiled for one instruction set never runs for another.
 #include "kernel/task.h"
 
 #if defined(__x86_64__)
@@ -11,26 +12,31 @@
 namespace fusedattn {
 namespace {
 
-#include "kernel/vec.inl"
+#include "kernel/backward.inl"
+#include "kernel/backward_tiles.inl"
 #include "kernel/element.inl"
 #include "kernel/exp.inl"
-#include "kernel/tile.inl"
+#include "kernel/forward.inl"
+#include "kernel/forward_tiles.inl"
+#include "kernel/limits.inl"
 #include "kernel/move.inl"
 #include "kernel/rules.inl"
-#include "kernel/forward.inl"
-#include "kernel/backward.inl"
-#include "kernel/limits.inl"
+#include "kernel/tile.inl"
+#include "kernel/vec.inl"
 
-template <class E>
-constexpr Kernels kernels() {
-    return {LANES<Compute<E>>,   BACK_QUERIES, BACK_KEYS,     forward_scratch<E>,        forward<E>, delta<E>,
-            backward_scratch<E>, backward<E>,  round_rows<E>, multiply_adds<Compute<E>>};
+template <class E> constexpr Kernels kernels() {
+  return {LANES<Compute<E>>,        BACK_QUERIES, BACK_KEYS,
+          forward_scratch<E>,       forward<E>,   delta<E>,
+          backward_scratch<E>,      backward<E>,  round_rows<E>,
+          multiply_adds<Compute<E>>};
 }
 
 }  // namespace
 
 extern const KernelTable FUSEDATTN_TABLE;
 const KernelTable FUSEDATTN_TABLE{
-    FUSEDATTN_ISA_NAME, {kernels<float>(), kernels<double>(), kernels<Half>(), kernels<BFloat>()}, read_stream};
+    FUSEDATTN_ISA_NAME,
+    {kernels<float>(), kernels<double>(), kernels<Half>(), kernels<BFloat>()},
+    read_stream};
 
 }  // namespace fusedattn

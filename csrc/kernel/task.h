@@ -14,87 +14,96 @@ enum class DType { float32, float64, float16, bfloat16 };
 
 // Rows and columns of one head: element (r, c) lies at data + r * row + c * col (strides in bytes).
 struct Matrix {
-    char *data;
-    index_t row, col;
+  char* data;
+  index_t row, col;
 };
 
-// Which keys a query may see, and what is added to its logits. Interval rules first; a dense part if need be.
+// Which keys a query may see, and what is added to its logits. Interval rules first; a dense part
+// if need be.
 struct Rules {
-    bool is_causal;
-    index_t q_offset;   // position of query 0 among the keys
-    index_t kv_length;  // keys at and beyond it are padding; at most sk
-    Matrix mask;        // (sq, sk) of bytes, 0 = masked; data null if there is none
-    Matrix bias;        // (sq, sk) of the element type, natural-log units; data null if there is none
+  bool is_causal;
+  index_t q_offset;   // position of query 0 among the keys
+  index_t kv_length;  // keys at and beyond it are padding; at most sk
+  Matrix mask;        // (sq, sk) of bytes, 0 = masked; data null if there is none
+  Matrix bias;        // (sq, sk) of the element type, natural-log units; data null if there is none
 };
 
 // One query head against its key/value head.
 struct ForwardHead {
-    Matrix q, k, v;  // (sq, d), (sk, d), (sk, dv)
-    Matrix out;      // (sq, dv)
-    void *lse;       // (sq), natural log, compute type
-    index_t sq, sk, d, dv;
-    double scale;
-    Rules rules;
+  Matrix q, k, v;  // (sq, d), (sk, d), (sk, dv)
+  Matrix out;      // (sq, dv)
+  void* lse;       // (sq), natural log, compute type
+  index_t sq, sk, d, dv;
+  double scale;
+  Rules rules;
 };
 
-// Queries [begin, end) of the head that the same thread is likely to compute next; begin == end: nothing to fetch ahead.
+// Queries [begin, end) of the head that the same thread is likely to compute next; begin == end:
+// nothing to fetch ahead.
 struct NextQueries {
-    Matrix q, k, v, out;
-    index_t begin, end;
-    bool new_keys;  // k and v are not those of the current head
+  Matrix q, k, v, out;
+  index_t begin, end;
+  bool new_keys;  // k and v are not those of the current head
 };
 
-// What several tasks add to is added in a fixed order, whoever computes it: before adding to query block i of query head g, a
-// task waits until turns[g * head + i] equals its ordinal; then it sets it one higher. turns null: nobody else adds.
+// What several tasks add to is added in a fixed order, whoever computes it: before adding to query
+// block i of query head g, a task waits until turns[g * head + i] equals its ordinal; then it sets
+// it one higher. turns null: nobody else adds.
 struct Turns {
-    int *turns;
-    index_t head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
-    int ordinal;
+  int* turns;
+  index_t
+      head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
+  int ordinal;
 };
 
 // One key/value head with the `group` query heads that share it.
 struct BackwardHead {
-    Matrix k, v, dk, dv;        // dk.data, dv.data null: not needed
-    Matrix q, dout;             // of the first query head
-    Matrix dq, dbias;           // likewise, in the compute type; data null: not needed
-    index_t q_head, dout_head, dq_head, dbias_head, mask_head, bias_head;  // bytes from one query head to the next
-    const void *lse2, *delta;   // (group, sq): lse * log2(e), and rowsum(dout * out)
-    index_t stat_head;          // elements from one query head to the next in lse2 and delta
-    index_t group, sq, sk, d, d_v;
-    double scale;
-    Rules rules;                // mask and bias of the first query head
-    Turns dq_turns, bias_turns;  // bias: one turn for all query blocks if the bias is broadcast over queries
-    void (*wait_for_turn)(int *turn, int ordinal, const void *call);
-    const void *call;
+  Matrix k, v, dk, dv;  // dk.data, dv.data null: not needed
+  Matrix q, dout;       // of the first query head
+  Matrix dq, dbias;     // likewise, in the compute type; data null: not needed
+  index_t q_head, dout_head, dq_head, dbias_head, mask_head,
+      bias_head;             // bytes from one query head to the next
+  const void *lse2, *delta;  // (group, sq): lse * log2(e), and rowsum(dout * out)
+  index_t stat_head;         // elements from one query head to the next in lse2 and delta
+  index_t group, sq, sk, d, d_v;
+  double scale;
+  Rules rules;  // mask and bias of the first query head
+  Turns dq_turns,
+      bias_turns;  // bias: one turn for all query blocks if the bias is broadcast over queries
+  void (*wait_for_turn)(int* turn, int ordinal, const void* call);
+  const void* call;
 };
 
 // rowsum(dout * out) and the scaled LSE of one query head.
 struct DeltaHead {
-    Matrix out, dout;     // (sq, dv)
-    const void *lse;      // (sq)
-    void *lse2, *delta;   // (sq)
-    index_t dv;
+  Matrix out, dout;    // (sq, dv)
+  const void* lse;     // (sq)
+  void *lse2, *delta;  // (sq)
+  index_t dv;
 };
 
 // The functions of one element type.
 struct Kernels {
-    index_t query_block;   // forward: queries in the widest sub-block
-    index_t back_queries;  // backward: queries in a block, the unit of `turns`
-    index_t back_keys;     // backward: keys in a block, the unit of its tasks
-    std::size_t (*forward_scratch)(const ForwardHead &, index_t queries);
-    void (*forward)(const ForwardHead &, index_t q_begin, index_t q_end, const NextQueries &, void *scratch);
-    void (*delta)(const DeltaHead &, index_t q_begin, index_t q_end);
-    std::size_t (*backward_scratch)(const BackwardHead &);
-    void (*backward)(const BackwardHead &, index_t key_block, void *scratch);
-    void (*round)(const void *sums, const Matrix &dst, index_t begin, index_t end, index_t cols);
-    double (*multiply_adds)(index_t rounds);  // runs independent multiply-adds, returns how many flops that was
+  index_t query_block;   // forward: queries in the widest sub-block
+  index_t back_queries;  // backward: queries in a block, the unit of `turns`
+  index_t back_keys;     // backward: keys in a block, the unit of its tasks
+  std::size_t (*forward_scratch)(const ForwardHead&, index_t queries);
+  void (*forward)(const ForwardHead&, index_t q_begin, index_t q_end, const NextQueries&,
+                  void* scratch);
+  void (*delta)(const DeltaHead&, index_t q_begin, index_t q_end);
+  std::size_t (*backward_scratch)(const BackwardHead&);
+  void (*backward)(const BackwardHead&, index_t key_block, void* scratch);
+  void (*round)(const void* sums, const Matrix& dst, index_t begin, index_t end, index_t cols);
+  double (*multiply_adds)(
+      index_t rounds);  // runs independent multiply-adds, returns how many flops that was
 };
 
 // What one instruction set offers.
 struct KernelTable {
-    const char *name;
-    Kernels kernels[4];  // by DType
-    double (*read)(const char *data, std::size_t bytes);  // plain streaming read, for the bandwidth limit
+  const char* name;
+  Kernels kernels[4];  // by DType
+  double (*read)(const char* data,
+                 std::size_t bytes);  // plain streaming read, for the bandwidth limit
 };
 
 }  // namespace fusedattn

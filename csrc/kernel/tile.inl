@@ -1,113 +1,117 @@
 // The register tile behind all seven products of attention and its gradients.
 //
-// Cost model: a tile of NI x NJ vectors does NI * NJ multiply-adds for NJ vector loads and NI broadcasts. With 32 registers
-// 4 x 4, 8 x 2 and 16 x 1 keep one 512-bit multiply-add a cycle fed by at most 1.1 loads a cycle; with 16 registers 6 x 2
-// needs 8 loads for 12 multiply-adds, which two load ports hide. Larger tiles gained nothing.
+// Cost model: a tile of NI x NJ vectors does NI * NJ multiply-adds for NJ vector loads and NI
+// broadcasts. With 32 registers 4 x 4, 8 x 2 and 16 x 1 keep one 512-bit multiply-add a cycle fed
+// by at most 1.1 loads a cycle; with 16 registers 6 x 2 needs 8 loads for 12 multiply-adds, which
+// two load ports hide. Larger tiles gained nothing.
 
 #if FUSEDATTN_REGISTERS == 32
 inline constexpr int MAX_NJ = 4;
-template <int NJ>
-inline constexpr int tile_rows = NJ == 1 ? 16 : NJ == 2 ? 8 : NJ == 3 ? 6 : 4;
+template <int NJ> inline constexpr int tile_rows = NJ == 1 ? 16 : NJ == 2 ? 8 : NJ == 3 ? 6 : 4;
 #else
 inline constexpr int MAX_NJ = 2;
-template <int NJ>
-inline constexpr int tile_rows = NJ == 1 ? 8 : 6;
+template <int NJ> inline constexpr int tile_rows = NJ == 1 ? 8 : 6;
 #endif
 
 // acc[i][j] += sum over p < n of a[i * a_row + p * a_col] * b[p * b_row + j * W + lane].
-// One chain of multiply-adds for each element, p ascending: the bits do not depend on the tile's shape.
+// One chain of multiply-adds for each element, p ascending: the bits do not depend on the tile's
+// shape.
 template <class T, int NI, int NJ>
-FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T *a, index_t a_row, index_t a_col, const T *b, index_t b_row,
-                             index_t n) {
-    const auto step = [&](const T *ap, const T *bp) __attribute__((always_inline)) {
-        Vec<T> bv[NJ];
-        FA_UNROLL
-        for (int j = 0; j < NJ; j++) {
-            bv[j] = load(bp + j * W<T>);
-            keep_in_register(bv[j]);
-        }
-        FA_UNROLL
-        for (int i = 0; i < NI; i++) {
-            const Vec<T> av = splat(ap[i * a_row]);
-            FA_UNROLL
-            for (int j = 0; j < NJ; j++) acc[i][j] = fma<T>(av, bv[j], acc[i][j]);
-        }
-    };
-    index_t p = 0;
-#pragma GCC unroll 1
-    for (; p + 2 <= n; p += 2) {
-        step(a, b);
-        step(a + a_col, b + b_row);
-        a += 2 * a_col;
-        b += 2 * b_row;
+FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, index_t a_col,
+                             const T* b, index_t b_row, index_t n) {
+  const auto step = [&](const T* ap, const T* bp) __attribute__((always_inline)) {
+    Vec<T> bv[NJ];
+    FA_UNROLL
+    for (int j = 0; j < NJ; j++) {
+      bv[j] = load(bp + j * W<T>);
+      keep_in_register(bv[j]);
     }
-    if (p < n) step(a, b);
-}
-
-// c[i][0:n] += sum over p < k of a[i * a_row + p * a_col] * b[p][0:n], for i < m. Rows of b are readable up to a multiple of
-// W (padded); rows of c are written up to n only. The sum is made first and then added: long chains lose digits.
-template <class T, int NI, int NJ>
-FA_INLINE void accumulate_tile(const T *a, index_t a_row, index_t a_col, const T *b, index_t b_row, T *c, index_t c_row,
-                               index_t k, int last) {
-    Vec<T> acc[NI][NJ] = {};
-    multiply_tile<T, NI, NJ>(acc, a, a_row, a_col, b, b_row, k);
     FA_UNROLL
     for (int i = 0; i < NI; i++) {
-        T *row = c + i * c_row, *end = row + (NJ - 1) * W<T>;
-        FA_UNROLL
-        for (int j = 0; j < NJ - 1; j++) store(row + j * W<T>, load(row + j * W<T>) + acc[i][j]);
-        if (last == W<T>)
-            store(end, load(end) + acc[i][NJ - 1]);
-        else
-            store_n(end, load_n(end, last) + acc[i][NJ - 1], last);
+      const Vec<T> av = splat(ap[i * a_row]);
+      FA_UNROLL
+      for (int j = 0; j < NJ; j++) acc[i][j] = fma<T>(av, bv[j], acc[i][j]);
     }
+  };
+  index_t p = 0;
+#pragma GCC unroll 1
+  for (; p + 2 <= n; p += 2) {
+    step(a, b);
+    step(a + a_col, b + b_row);
+    a += 2 * a_col;
+    b += 2 * b_row;
+  }
+  if (p < n) step(a, b);
+}
+
+// c[i][0:n] += sum over p < k of a[i * a_row + p * a_col] * b[p][0:n], for i < m. Rows of b are
+// readable up to a multiple of W (padded); rows of c are written up to n only. The sum is made
+// first and then added: long chains lose digits.
+template <class T, int NI, int NJ>
+FA_INLINE void accumulate_tile(const T* a, index_t a_row, index_t a_col, const T* b, index_t b_row,
+                               T* c, index_t c_row, index_t k, int last) {
+  Vec<T> acc[NI][NJ] = {};
+  multiply_tile<T, NI, NJ>(acc, a, a_row, a_col, b, b_row, k);
+  FA_UNROLL
+  for (int i = 0; i < NI; i++) {
+    T *row = c + i * c_row, *end = row + (NJ - 1) * W<T>;
+    FA_UNROLL
+    for (int j = 0; j < NJ - 1; j++) store(row + j * W<T>, load(row + j * W<T>) + acc[i][j]);
+    if (last == W<T>)
+      store(end, load(end) + acc[i][NJ - 1]);
+    else
+      store_n(end, load_n(end, last) + acc[i][NJ - 1], last);
+  }
 }
 
 template <class T, int NI, int NJ>
-FA_INLINE void accumulate_rest(int rows, const T *a, index_t a_row, index_t a_col, const T *b, index_t b_row, T *c,
-                               index_t c_row, index_t k, int last) {
-    if constexpr (NI > 0) {
-        if (rows == NI)
-            accumulate_tile<T, NI, NJ>(a, a_row, a_col, b, b_row, c, c_row, k, last);
-        else
-            accumulate_rest<T, NI - 1, NJ>(rows, a, a_row, a_col, b, b_row, c, c_row, k, last);
-    }
+FA_INLINE void accumulate_rest(int rows, const T* a, index_t a_row, index_t a_col, const T* b,
+                               index_t b_row, T* c, index_t c_row, index_t k, int last) {
+  if constexpr (NI > 0) {
+    if (rows == NI)
+      accumulate_tile<T, NI, NJ>(a, a_row, a_col, b, b_row, c, c_row, k, last);
+    else
+      accumulate_rest<T, NI - 1, NJ>(rows, a, a_row, a_col, b, b_row, c, c_row, k, last);
+  }
 }
 
 // Which of a's strides is 1 is known at compile time: A_ROW1 (a transposed) or not.
 template <class T, int NJ, bool A_ROW1>
-FA_NOINLINE void accumulate_columns(index_t m, index_t k, const T *a, index_t a_ld, const T *b, index_t b_row, T *c,
-                                    index_t c_row, int last) {
-    constexpr int NI = tile_rows<NJ>;
-    const index_t a_row = A_ROW1 ? 1 : a_ld, a_col = A_ROW1 ? a_ld : 1;
-    index_t i = 0;
-    for (; i + NI <= m; i += NI)
-        accumulate_tile<T, NI, NJ>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k, last);
-    if (i < m)
-        accumulate_rest<T, NI - 1, NJ>(int(m - i), a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k, last);
+FA_NOINLINE void accumulate_columns(index_t m, index_t k, const T* a, index_t a_ld, const T* b,
+                                    index_t b_row, T* c, index_t c_row, int last) {
+  constexpr int NI = tile_rows<NJ>;
+  const index_t a_row = A_ROW1 ? 1 : a_ld, a_col = A_ROW1 ? a_ld : 1;
+  index_t i = 0;
+  for (; i + NI <= m; i += NI)
+    accumulate_tile<T, NI, NJ>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k,
+                               last);
+  if (i < m)
+    accumulate_rest<T, NI - 1, NJ>(int(m - i), a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
+                                   c_row, k, last);
 }
 
-// Vectors in the next column group when `left` are left: as even as possible, so that no group is a single one by bad luck.
+// Vectors in the next column group when `left` are left: as even as possible, so that no group is a
+// single one by bad luck.
 FA_INLINE int next_group(index_t left) {
-    const index_t groups = (left + MAX_NJ - 1) / MAX_NJ;
-    return int((left + groups - 1) / groups);
+  const index_t groups = (left + MAX_NJ - 1) / MAX_NJ;
+  return int((left + groups - 1) / groups);
 }
 
 template <class T, bool A_ROW1>
-FA_INLINE void accumulate(index_t m, index_t n, index_t k, const T *a, index_t a_ld, const T *b, index_t b_row, T *c,
-                          index_t c_row) {
-    const index_t vectors = (n + W<T> - 1) / W<T>;
-    for (index_t j = 0; j < vectors;) {
-        const int nj = next_group(vectors - j);
-        const int last = int(n - (j + nj - 1) * W<T> < W<T> ? n - (j + nj - 1) * W<T> : W<T>);
-        const T *bj = b + j * W<T>;
-        T *cj = c + j * W<T>;
-        if (nj == 1) accumulate_columns<T, 1, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-        if (nj == 2) accumulate_columns<T, 2, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-        if constexpr (MAX_NJ >= 4) {
-            if (nj == 3) accumulate_columns<T, 3, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-            if (nj == 4) accumulate_columns<T, 4, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-        }
-        j += nj;
+FA_INLINE void accumulate(index_t m, index_t n, index_t k, const T* a, index_t a_ld, const T* b,
+                          index_t b_row, T* c, index_t c_row) {
+  const index_t vectors = (n + W<T> - 1) / W<T>;
+  for (index_t j = 0; j < vectors;) {
+    const int nj = next_group(vectors - j);
+    const int last = int(n - (j + nj - 1) * W<T> < W<T> ? n - (j + nj - 1) * W<T> : W<T>);
+    const T* bj = b + j * W<T>;
+    T* cj = c + j * W<T>;
+    if (nj == 1) accumulate_columns<T, 1, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+    if (nj == 2) accumulate_columns<T, 2, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+    if constexpr (MAX_NJ >= 4) {
+      if (nj == 3) accumulate_columns<T, 3, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+      if (nj == 4) accumulate_columns<T, 4, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
     }
+    j += nj;
+  }
 }

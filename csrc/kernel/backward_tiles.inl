@@ -1,0 +1,179 @@
+// The steps of the backward pass over one block of queries and one of keys: P and dS, then the
+// products that add them up.
+
+inline constexpr index_t BACK_KEYS = 64, BACK_QUERIES = 64, STRIP = 16;
+
+// Where the tile's rows may look: for each strip of STRIP queries the keys [begin, end) that are
+// computed.
+struct Strips {
+  bool whole;  // every query sees every key of the block and there is no dense part
+  int count;
+  Interval keys[BACK_QUERIES / STRIP];
+};
+
+template <class T> struct BackwardBlock {
+  index_t k0, nk, nk_padded;
+  T *kt, *vt;         // (d, BACK_KEYS) K^T * scale * log2(e); (d_v, BACK_KEYS) V^T
+  T* k;               // (BACK_KEYS, ld) K * scale
+  T *p, *ds, *dense;  // (BACK_QUERIES, BACK_KEYS)
+  T *q_copy, *dout_copy, *dk, *dv;
+  T* dbias;          // (BACK_KEYS) if the bias is broadcast over queries
+  index_t ld, ld_v;  // d, d_v rounded up to W
+};
+
+// A masked entry of P is -0: it adds nothing to a product and can be told from an honest underflow.
+template <class T> FA_INLINE IntVec<T> is_masked(Vec<T> p) {
+  return (IntVec<T>)p == (IntVec<T>)splat(T(-0.0));
+}
+
+template <class T, int NI, int NJ, bool DENSE>
+FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t i0,
+                                index_t key, index_t d, index_t d_v, const T* lse2, const T* delta,
+                                bool need_ds) {
+  T *p = b.p + i0 * BACK_KEYS + key, *ds = b.ds + i0 * BACK_KEYS + key;
+  Vec<T> acc[NI][NJ] = {};
+  multiply_tile<T, NI, NJ>(acc, q.data + i0 * q.ld, q.ld, 1, b.kt + key, BACK_KEYS, d);
+  FA_UNROLL
+  for (int i = 0; i < NI; i++) {
+    const Vec<T> l = splat(lse2[i0 + i]);
+    FA_UNROLL
+    for (int j = 0; j < NJ; j++) {
+      Vec<T> s = acc[i][j];
+      if constexpr (DENSE) {
+        const Vec<T> add = load(b.dense + (i0 + i) * BACK_KEYS + key + j * W<T>);
+        s = exp2<T>(s + add - l);
+        s = add == splat(-Bits<T>::infinity) ? splat(T(-0.0)) : s;
+      } else {
+        s = exp2<T>(s - l);
+      }
+      store(p + i * BACK_KEYS + j * W<T>, s);
+      acc[i][j] = Vec<T>{};
+    }
+  }
+  if (!need_ds) return;
+  multiply_tile<T, NI, NJ>(acc, dout.data + i0 * dout.ld, dout.ld, 1, b.vt + key, BACK_KEYS, d_v);
+  FA_UNROLL
+  for (int i = 0; i < NI; i++) {
+    const Vec<T> dl = splat(delta[i0 + i]);
+    FA_UNROLL
+    for (int j = 0; j < NJ; j++) {
+      const Vec<T> pv = load(p + i * BACK_KEYS + j * W<T>);
+      Vec<T> s = pv * (acc[i][j] - dl);
+      if constexpr (DENSE) s = is_masked<T>(pv) ? Vec<T>{} : s;
+      store(ds + i * BACK_KEYS + j * W<T>, s);
+    }
+  }
+}
+template <class T, int NI, int NJ, bool DENSE>
+FA_INLINE void probability_rest(int rows, const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
+                                index_t i0, index_t key, index_t d, index_t d_v, const T* lse2,
+                                const T* delta, bool need_ds) {
+  if constexpr (NI > 0) {
+    if (rows == NI)
+      probability_tile<T, NI, NJ, DENSE>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
+    else
+      probability_rest<T, NI - 1, NJ, DENSE>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
+                                             need_ds);
+  }
+}
+template <class T, int NJ, bool DENSE>
+FA_NOINLINE void probability_columns(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
+                                     index_t begin, index_t end, index_t key, index_t d,
+                                     index_t d_v, const T* lse2, const T* delta, bool need_ds) {
+  constexpr int NI = tile_rows<NJ>;
+  index_t i = begin;
+  for (; i + NI <= end; i += NI)
+    probability_tile<T, NI, NJ, DENSE>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
+  if (i < end)
+    probability_rest<T, NI - 1, NJ, DENSE>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
+                                           need_ds);
+}
+
+// P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of
+// W.
+template <class T, bool DENSE>
+FA_INLINE void probabilities(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t begin,
+                             index_t end, Interval keys, index_t d, index_t d_v, const T* lse2,
+                             const T* delta, bool need_ds) {
+  for (index_t key = keys.low; key < keys.high;) {
+    const int nj = next_group((keys.high - key) / W<T>);
+    if (nj == 1)
+      probability_columns<T, 1, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+    if (nj == 2)
+      probability_columns<T, 2, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+    if constexpr (MAX_NJ >= 4) {
+      if (nj == 3)
+        probability_columns<T, 3, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+      if (nj == 4)
+        probability_columns<T, 4, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+    }
+    key += nj * W<T>;
+  }
+}
+
+// c (keys x n) += a^T rows if by_key, else c (queries x n) += a rows, leaving out the (query, key)
+// pairs that are masked: for blocks in which something that is not finite lies where it must not
+// reach. The same sums in the same order as accumulate.
+template <class T>
+FA_NOINLINE void careful_accumulate(const BackwardBlock<T>& b, const T* a, index_t nq, bool by_key,
+                                    Rows<T> rows, index_t n, T* c, index_t c_row) {
+  const index_t outer = by_key ? b.nk : nq, inner = by_key ? nq : b.nk;
+  for (index_t i = 0; i < outer; i++)
+    for (index_t x = 0; x < n; x += W<T>) {
+      const int width = int(min_index(W<T>, n - x));
+      Vec<T> acc{};
+      for (index_t p = 0; p < inner; p++) {
+        const index_t at = by_key ? p * BACK_KEYS + i : i * BACK_KEYS + p;
+        if (b.dense[at] == -Bits<T>::infinity) continue;
+        acc = fma<T>(splat(a[at]), load_n(rows.data + p * rows.ld + x, width), acc);
+      }
+      T* to = c + i * c_row + x;
+      store_n(to, load_n(to, width) + acc, width);
+    }
+}
+
+// c (keys x n) += a^T rows, where a (queries x keys) is P or dS.
+template <class T>
+FA_INLINE void accumulate_keys(const BackwardBlock<T>& b, const Strips& strips, const T* a,
+                               index_t nq, Rows<T> rows, index_t n, T* c, index_t c_row) {
+  if (strips.whole)
+    return accumulate<T, true>(b.nk, n, nq, a, BACK_KEYS, rows.data, rows.ld, c, c_row);
+  for (index_t key = 0; key < b.nk;
+       key += STRIP) {  // the strips that look at these keys, from the first to the last
+    const index_t end = min_index(key + STRIP, b.nk);
+    int first = strips.count, last = -1;
+    for (int s = 0; s < strips.count; s++)
+      if (strips.keys[s].low < end && strips.keys[s].high > key)
+        first = s < first ? s : first, last = s;
+    if (last < first) continue;
+    const index_t q = first * STRIP, q_end = min_index((last + 1) * STRIP, nq);
+    accumulate<T, true>(end - key, n, q_end - q, a + q * BACK_KEYS + key, BACK_KEYS,
+                        rows.data + q * rows.ld, rows.ld, c + key * c_row, c_row);
+  }
+}
+
+// c (queries x n) += dS K
+template <class T>
+FA_INLINE void accumulate_queries(const BackwardBlock<T>& b, const Strips& strips, index_t nq,
+                                  index_t n, T* c, index_t c_row) {
+  if (strips.whole) return accumulate<T, false>(nq, n, b.nk, b.ds, BACK_KEYS, b.k, b.ld, c, c_row);
+  for (int s = 0; s < strips.count; s++) {
+    const Interval keys{strips.keys[s].low, min_index(strips.keys[s].high, b.nk)};
+    if (keys.low >= keys.high) continue;
+    const index_t q = s * STRIP;
+    accumulate<T, false>(min_index(STRIP, nq - q), n, keys.high - keys.low,
+                         b.ds + q * BACK_KEYS + keys.low, BACK_KEYS, b.k + keys.low * b.ld, b.ld,
+                         c + q * c_row, c_row);
+  }
+}
+
+// dbias += dS over a tile, at `to`.
+template <class T>
+FA_NOINLINE void accumulate_bias(const BackwardBlock<T>& b, const Strips& strips, const Matrix& to,
+                                 index_t nq) {
+  for (index_t q = 0; q < nq; q++)
+    for (index_t k = 0; k < b.nk; k++) {
+      if (!strips.whole && b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
+      *reinterpret_cast<T*>(to.data + q * to.row + k * to.col) += b.ds[q * BACK_KEYS + k];
+    }
+}

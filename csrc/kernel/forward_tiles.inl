@@ -1,0 +1,144 @@
+// The three steps of the forward pass over one block of keys: scores, exponentials, values.
+
+inline constexpr index_t KEY_BLOCK = 128;
+template <class T> inline constexpr int LINE = 64 / int(sizeof(T));  // elements in a cache line
+template <class T> inline constexpr int LANES = MAX_NJ * W<T>;  // queries in the widest sub-block
+
+// Up to LANES queries and their running softmax, in log2 units.
+template <class T> struct Queries {
+  index_t first, count;
+  int vectors;  // in use, ceil(count / W); also the row length of q, o and p in vectors
+  Span keys;
+  T* q;                 // (d, lanes)   Q^T * scale * log2(e)
+  T* o;                 // (dv, lanes)  sum of P V so far
+  T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
+};
+
+template <class T, int NI, int NQ>
+FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T* p, Vec<T> (&max)[NQ]) {
+  Vec<T> acc[NI][NQ] = {};
+  multiply_tile<T, NI, NQ>(acc, k.data, k.ld, 1, q, NQ * W<T>, d);
+  FA_UNROLL
+  for (int i = 0; i < NI; i++) {
+    FA_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      store(p + (i * NQ + j) * W<T>, acc[i][j]);
+      max[j] = max_or_second<T>(acc[i][j], max[j]);
+    }
+  }
+}
+template <class T, int NI, int NQ>
+FA_INLINE void score_rest(int rows, Rows<T> k, const T* q, index_t d, T* p, Vec<T> (&max)[NQ]) {
+  if constexpr (NI > 0) {
+    if (rows == NI)
+      score_tile<T, NI, NQ>(k, q, d, p, max);
+    else
+      score_rest<T, NI - 1, NQ>(rows, k, q, d, p, max);
+  }
+}
+
+// p[key][query] = k[key] . q[query] for n keys; the maximum over keys joins max_io. Fetches the
+// next keys and these values.
+template <class T, int NQ>
+FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv, T* p,
+                        T* max_io) {
+  constexpr int NI = tile_rows<NQ>;
+  Vec<T> max[NQ];
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
+  index_t i = 0;
+  for (; i + NI <= n; i += NI) {
+    for (index_t r = 0; r < NI; r++) {
+      for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (i + NI + r) * k.ld + c);
+      for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
+    }
+    score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+  }
+  if (i < n)
+    score_rest<T, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
+}
+
+// P = exp2(S - max) in place, with the running maximum and sum; rescale = what the sums so far must
+// be multiplied by.
+template <class T, int NQ>
+FA_NOINLINE void exponentials(index_t n, T* p, const T* block_max, T* max_io, T* sum_io, T* rescale,
+                              Ahead& ahead) {
+  Vec<T> max[NQ], sum[NQ];
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    const Vec<T> before = load(max_io + j * W<T>);
+    max[j] = max_or_second<T>(load(block_max + j * W<T>), before);
+    store(max_io + j * W<T>, max[j]);
+    store(rescale + j * W<T>, exp2<T>(before - max[j]));
+    sum[j] = Vec<T>{};
+  }
+#pragma GCC unroll 1
+  for (index_t i = 0; i < n; i++) {
+    fetch_ahead(ahead);
+    FA_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      T* at = p + (i * NQ + j) * W<T>;
+      const Vec<T> e = exp2<T>(load(at) - max[j]);
+      sum[j] += e;
+      store(at, e);
+    }
+  }
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++)
+    store(sum_io + j * W<T>, fma<T>(load(sum_io + j * W<T>), load(rescale + j * W<T>), sum[j]));
+}
+
+// The block's own sum is made first and then joins the rescaled sums so far: one chain over all
+// keys would lose a digit on long rows.
+template <class T, int NI, int NQ>
+FA_INLINE void value_tile(Rows<T> v, const T* p, T* o, const T* rescale, index_t n) {
+  Vec<T> acc[NI][NQ] = {};
+  multiply_tile<T, NI, NQ>(acc, v.data, 1, v.ld, p, NQ * W<T>, n);
+  FA_UNROLL
+  for (int i = 0; i < NI; i++) {
+    FA_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      T* at = o + (i * NQ + j) * W<T>;
+      store(at, fma<T>(load(at), load(rescale + j * W<T>), acc[i][j]));
+    }
+  }
+}
+template <class T, int NI, int NQ>
+FA_INLINE void value_rest(int dims, Rows<T> v, const T* p, T* o, const T* rescale, index_t n) {
+  if constexpr (NI > 0) {
+    if (dims == NI)
+      value_tile<T, NI, NQ>(v, p, o, rescale, n);
+    else
+      value_rest<T, NI - 1, NQ>(dims, v, p, o, rescale, n);
+  }
+}
+
+// o[dim][query] = o * rescale + sum over n keys of v[key][dim] * p[key][query]
+template <class T, int NQ>
+FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t dv, T* o, const T* rescale) {
+  constexpr int NI = tile_rows<NQ>;
+  index_t i = 0;
+  for (; i + NI <= dv; i += NI)
+    value_tile<T, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
+  if (i < dv)
+    value_rest<T, NI - 1, NQ>(int(dv - i), {v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
+}
+
+// The same where V holds something that is not finite and P marks masked entries by -1: 0 * NaN
+// must not happen.
+template <class T, int NQ>
+FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t dv, T* o,
+                                const T* rescale) {
+  for (index_t i = 0; i < dv; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T* at = o + (i * NQ + j) * W<T>;
+    Vec<T> acc{};
+    for (index_t key = 0; key < n; key++) {
+      const Vec<T> e = load(p + (key * NQ + j) * W<T>);
+      acc = e < Vec<T>{} ? acc : fma<T>(splat(v.data[key * v.ld + i]), e, acc);
+    }
+    store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
+  }
+}
