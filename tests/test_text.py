@@ -1,5 +1,9 @@
 """Tokenizers, packing, batches by budget."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -33,6 +37,30 @@ def test_tokens_are_berts(tokenizer):
     assert tokens[-1] == "[SEP]"
     assert tokenizer.decode(ids.tolist()) == "close the file."
     assert ids.dtype == np.int32
+
+
+def test_same_texts_same_vocabulary():
+    """In another process too, where hashes of strings differ."""
+    code = (
+        "from fusedattn.text import train_tokenizer; "
+        f"print(train_tokenizer({TEXTS!r} * 3, 60, max_length=12).to_str())"
+    )
+    here = train_tokenizer(TEXTS * 3, 60, max_length=12).to_str()
+    for seed in ("1", "2"):
+        there = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        assert there.stdout.strip() == here
+
+
+def test_words_of_known_letters_are_not_unknown(tokenizer):
+    (ids,) = tokenize(tokenizer, ["real files"])
+    assert tokenizer.token_to_id("[UNK]") not in ids
+    assert tokenizer.token_to_id("[UNK]") in tokenize(tokenizer, ["ж"])[0]
 
 
 def test_vocabulary_is_bounded_and_length_is_cut(tokenizer):
@@ -160,5 +188,6 @@ def test_cooccurrence_brings_tokens_of_the_same_neighbours_together():
 def test_cooccurrence_with_nothing_to_count():
     vectors = cooccurrence_embeddings([np.array([1], np.int32)], 4, 4)
     assert np.isfinite(vectors).all()
-    with pytest.raises(ValueError, match=r"^width: expected 1 to vocab_size \(4\), got 5"):
-        cooccurrence_embeddings([], 4, 5)
+    assert cooccurrence_embeddings([np.array([1, 2, 1])], 4, 7).shape == (4, 7)
+    with pytest.raises(ValueError, match=r"^vocab_size, width: expected at least 1, got 4, 0"):
+        cooccurrence_embeddings([], 4, 0)

@@ -12,17 +12,19 @@
 namespace fusedattn {
 namespace {
 
-#include "kernel/backward.inl"
-#include "kernel/backward_tiles.inl"
+// clang-format off: each builds on those above it
+#include "kernel/vec.inl"
 #include "kernel/element.inl"
 #include "kernel/exp.inl"
-#include "kernel/forward.inl"
-#include "kernel/forward_tiles.inl"
-#include "kernel/limits.inl"
+#include "kernel/tile.inl"
 #include "kernel/move.inl"
 #include "kernel/rules.inl"
-#include "kernel/tile.inl"
-#include "kernel/vec.inl"
+#include "kernel/forward_tiles.inl"
+#include "kernel/forward.inl"
+#include "kernel/backward_tiles.inl"
+#include "kernel/backward.inl"
+#include "kernel/limits.inl"
+// clang-format on
 
 template <class E> constexpr Kernels kernels() {
   return {LANES<Compute<E>>,        BACK_QUERIES, BACK_KEYS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a WordPiece tokenizer that treats text as BERT's does.
 
+    The pieces are the most frequent ones of a byte-pair encoding (arXiv:1508.07909) of the texts,
+    whose training, unlike the library's for WordPiece, ends the same way every time.
+
     Parameters
     ----------
     texts : iterable of str
@@ -41,14 +45,38 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pairs = Tokenizer(models.BPE())
+    pairs.train_from_iterator(
+        (word for word in sorted(words) for _ in range(words[word])),
+        trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False),
+    )
+    letters: Counter[str] = Counter()
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for i, letter in enumerate(word):
+            letters["##" * (i > 0) + letter] += count
+        for i, token in enumerate(pairs.model.tokenize(word)):
+            pieces["##" * (i > 0) + token.value] += count
+    # The letters first, so that few words are unknown; the commonest before the rarer.
+    order = [
+        piece
+        for counts in (letters, pieces - letters)
+        for piece in sorted(counts, key=lambda p: (-counts[p], p))
+    ]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *order][:vocab_size])}
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
@@ -225,7 +253,7 @@ def cooccurrence_embeddings(
     sequences : sequence of int arrays
         Token ids; more text gives better vectors, and no labels are needed.
     vocab_size, width : int
-        The shape of the result; width at most vocab_size.
+        The shape of the result; columns beyond vocab_size are 0.
     window : int, default 4
     seed : int, default 0
         Of the projection, and of the vectors of tokens that have no neighbours.
@@ -235,8 +263,8 @@ def cooccurrence_embeddings(
     float32 array (vocab_size, width)
         Rows of root-mean-square 1.
     """
-    if not 0 < width <= vocab_size:
-        raise ValueError(f"width: expected 1 to vocab_size ({vocab_size}), got {width}")
+    if vocab_size < 1 or width < 1:
+        raise ValueError(f"vocab_size, width: expected at least 1, got {vocab_size}, {width}")
     rng = np.random.default_rng(seed)
     pairs, weights = [np.empty(0, np.int64)], [np.empty(0)]
     for distance in range(1, window + 1):
@@ -260,7 +288,8 @@ def cooccurrence_embeddings(
     inside = ppmi.T @ basis
     values, turn = np.linalg.eigh(inside.T @ inside)  # squares of the singular values, ascending
     turn *= np.maximum(values, 0.0) ** 0.25
-    vectors: Array = basis @ turn[:, : -width - 1 : -1]
+    vectors = np.zeros((vocab_size, width), np.float32)
+    vectors[:, : turn.shape[1]] = basis @ turn[:, : -width - 1 : -1]
     alone = ~vectors.any(axis=1)
     vectors[alone] = rng.standard_normal((int(alone.sum()), width), dtype=np.float32)
     vectors /= np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))

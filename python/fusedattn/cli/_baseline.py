@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-# Weighting by tf-idf, words alone or with pairs of neighbours, and the inverse penalty C.
-GRID = tuple((ngrams, c) for ngrams in (1, 2) for c in (10.0, 100.0))
+from typing import Any, NamedTuple
 
 
-def bag_of_words(ngrams: int, c: float) -> Any:
-    """A scikit-learn pipeline: sublinear tf-idf of 1 to `ngrams` words, logistic regression."""
+class Choice(NamedTuple):
+    """Words alone or pairs of neighbours too, the inverse penalty C, classes weighted alike."""
+
+    ngrams: int
+    c: float
+    balanced: bool
+
+
+GRID = tuple(
+    Choice(ngrams, c, balanced)
+    for ngrams, c in ((1, 10.0), (1, 30.0), (1, 100.0), (2, 30.0))
+    for balanced in (False, True)
+)
+
+
+def bag_of_words(choice: Choice) -> Any:
+    """A scikit-learn pipeline: sublinear tf-idf, then logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
+    weight = "balanced" if choice.balanced else None
     return make_pipeline(
-        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, ngrams)),
-        LogisticRegression(C=c, max_iter=100, tol=1e-3),
+        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, choice.ngrams)),
+        LogisticRegression(C=choice.c, class_weight=weight, max_iter=100, tol=1e-3),
     )
 
 
 def tune(
     fit: tuple[Sequence[str], Sequence[str]], validation: tuple[Sequence[str], Sequence[str]]
-) -> tuple[int, float]:
-    """The (ngrams, C) of `GRID` that, trained on `fit`, is most accurate on `validation`.
-
-    Both are (texts, labels).
-    """
-    scores = {choice: bag_of_words(*choice).fit(*fit).score(*validation) for choice in GRID}
-    return max(scores, key=lambda choice: scores[choice])
+) -> Choice:
+    """What of `GRID`, trained on `fit`, is most accurate on `validation`; both (texts, labels)."""
+    return max(GRID, key=lambda choice: bag_of_words(choice).fit(*fit).score(*validation))

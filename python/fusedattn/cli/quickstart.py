@@ -174,7 +174,7 @@ def baselines(task: Task) -> dict[str, list[str]]:
     majority = Counter(labels).most_common(1)[0][0]
     fit, validation = split_by_file(task.train, 0.2, seed=1)
     choice = tune(columns(fit), columns(validation))
-    bag = bag_of_words(*choice).fit(texts, labels)
+    bag = bag_of_words(choice).fit(texts, labels)
     return {
         "majority class": [majority] * len(task.test),
         "bag of words, logistic regression": bag.predict([p.text for p in task.test]).tolist(),
