@@ -23,7 +23,9 @@ class Model(Protocol):
 
     params: Params
 
-    def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]: ...
+    def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]:
+        """Logits (N, classes) and their vjp; random only where an `rng` is given."""
+        ...
 
 
 @dataclass(frozen=True)
