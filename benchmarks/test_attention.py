@@ -1,8 +1,10 @@
 """The cases of ``fusedattn bench`` under pytest-benchmark: ``pytest benchmarks``.
 
-Every benchmark first asserts that its contender and ours give the same answer; a figure for a wrong
-answer is worth nothing. ``--benchmark-disable`` keeps the assertions and drops the timing.
+Every benchmark first asserts that all contenders give the same answer: a figure for a wrong one is
+worth nothing. ``--benchmark-disable`` keeps the assertions and drops the timing.
 """
+
+import functools
 
 import pytest
 
@@ -10,31 +12,26 @@ from fusedattn import get_num_threads
 from fusedattn.bench import CASES, Problem, contenders
 from fusedattn.bench.implementations import disagreement
 
-PAIRS = [(name, direction) for name, case in CASES.items() for direction in case.directions]
 AGREE = 2.0  # in the unit of disagreement(): both sides may be off by one
+WHO = ("fusedattn", "numpy", "pytorch")
+ALL = [(n, d, who) for n, case in CASES.items() for d in case.directions for who in WHO]
 
 
-@pytest.mark.parametrize(("name", "direction"), PAIRS)
-def test_attention(benchmark, name, direction):
-    """Time ours; assert that it agrees with everyone who can compute the case."""
+@functools.lru_cache(maxsize=1)  # the three contenders of one case follow each other
+def prepared(name, direction):
+    """The contenders of a case by name, after asserting that they agree."""
     case = CASES[name]
     ours, *others = contenders(Problem(case), direction, get_num_threads())
     for other in others:
         assert disagreement(case, direction, ours, other) <= AGREE, other.name
-    benchmark.group = f"{name} {direction}"
-    benchmark.extra_info["flops"] = case.flops(direction)
-    benchmark(getattr(ours, direction))
+    return {contender.name: contender for contender in (ours, *others)}
 
 
-@pytest.mark.parametrize(("name", "direction"), PAIRS)
-@pytest.mark.parametrize("rival", ["numpy", "pytorch"])
-def test_rival(benchmark, name, direction, rival):
-    """Time a rival on the same case, after the same assertion."""
-    case = CASES[name]
-    ours, *others = contenders(Problem(case), direction, get_num_threads())
-    found = {other.name: other for other in others}
-    if rival not in found:
-        pytest.skip(f"{rival} is not installed, or would need too much memory for this case")
-    assert disagreement(case, direction, ours, found[rival]) <= AGREE
+@pytest.mark.parametrize(("name", "direction", "who"), ALL)
+def test_attention(benchmark, name, direction, who):
+    found = prepared(name, direction)
+    if who not in found:
+        pytest.skip(f"{who} is not installed, or would need too much memory for this case")
     benchmark.group = f"{name} {direction}"
-    benchmark(getattr(found[rival], direction))
+    benchmark.extra_info["flops"] = CASES[name].flops(direction)
+    benchmark(getattr(found[who], direction))
