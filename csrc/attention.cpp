@@ -130,9 +130,29 @@ bool attention_forward(const Call& c, Loop& loop) {
   while (wide > 1 && threads > 1 && sub_blocks / wide < 8 * threads) wide /= 2;
   const index_t step = wide * kernels.query_block;
 
+  // Where few queries share a key/value head, one task takes them all, so that keys are read once.
+  const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1;
+  const auto is_few = [&](index_t b) {
+    return c.sq[std::size_t(b)] * group <= kernels.few_queries;
+  };
   Numbering numbering;
-  for (std::size_t b = 0; b < std::size_t(c.batch); b++)
-    numbering.add(c.heads * ceil_div(c.sq[b], step));
+  for (index_t b = 0; b < c.batch; b++)
+    numbering.add(is_few(b) ? c.kv_heads : c.heads * ceil_div(c.sq[std::size_t(b)], step));
+  const auto head_at = [&](index_t b, index_t h) -> ForwardHead {
+    const std::size_t i = std::size_t(b);
+    const index_t at = (c.lse_batch[i] + h * c.lse_head) * compute_size(c.dtype);
+    return {c.q.at(b, h),
+            c.k.at(b, h / group),
+            c.v.at(b, h / group),
+            c.out.at(b, h),
+            c.lse + at,
+            c.sq[i],
+            c.sk[i],
+            c.d,
+            c.d_v,
+            c.scale,
+            c.rules(b, h)};
+  };
   struct Place {
     index_t b, h, g, begin, end;
   };
@@ -140,17 +160,21 @@ bool attention_forward(const Call& c, Loop& loop) {
     const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
     const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks;
     const index_t begin = (blocks - 1 - local % blocks) * step;  // causal: longest first
-    return {b, h, h / (c.heads / c.kv_heads), begin, std::min(begin + step, sq)};
+    return {b, h, h / group, begin, std::min(begin + step, sq)};
   };
   return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+    if (const index_t sample = numbering.sample(task); is_few(sample)) {
+      const index_t first = (task - numbering.first[std::size_t(sample)]) * group;
+      if (c.sq[std::size_t(sample)] == 0) return;
+      ForwardHead heads[16];
+      for (index_t g = 0; g < group; g++) heads[g] = head_at(sample, first + g);
+      kernels.forward_few(heads, group, thread_scratch(kernels.few_scratch(heads[0])));
+      return;
+    }
     const auto [b, h, g, begin, end] = place(task);
-    const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * compute_size(c.dtype);
-    const ForwardHead head{
-        c.q.at(b, h),         c.k.at(b, g),         c.v.at(b, g), c.out.at(b, h), c.lse + at,
-        c.sq[std::size_t(b)], c.sk[std::size_t(b)], c.d,          c.d_v,          c.scale,
-        c.rules(b, h)};
+    const ForwardHead head = head_at(b, h);
     NextQueries next{};
-    if (task + threads < numbering.total()) {
+    if (task + threads < numbering.total() && !is_few(numbering.sample(task + threads))) {
       const Place p = place(task + threads);
       next = {c.q.at(p.b, p.h),    c.k.at(p.b, p.g), c.v.at(p.b, p.g),
               c.out.at(p.b, p.h),  p.begin,          p.end,

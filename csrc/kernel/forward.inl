@@ -133,17 +133,26 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
   }
 }
 
+// What the sums become: 1 / sum, and the log-sum-exp. Nothing summed: either no key was allowed (0
+// and -inf), or every allowed logit was -inf (the softmax of -inf is NaN).
+template <class T> struct Finished {
+  Vec<T> inverse, lse;
+};
+template <class T> FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> seen) {
+  const Vec<T> zero{}, empty = seen == zero ? zero : splat(T(__builtin_nan("")));
+  const Vec<T> lse = (max + log2_positive<T>(sum)) * splat(T(LN2));
+  return {sum == zero ? empty : splat(T(1)) / sum,
+          sum == zero ? empty - splat(Bits<T>::infinity) : lse};
+}
+
 template <class E, class T = Compute<E>>
 FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
   alignas(64) T inverse[LANES<T>], lse[LANES<T>];
   for (int j = 0; j < x.vectors; j++) {
-    const Vec<T> l = load(x.sum + j * W<T>), zero{};
-    // Nothing summed: no key was allowed (0 and -inf), or every allowed logit was -inf (softmax of
-    // -inf is NaN).
-    const Vec<T> empty = load(x.seen + j * W<T>) == zero ? zero : splat(T(__builtin_nan("")));
-    store(inverse + j * W<T>, l == zero ? empty : splat(T(1)) / l);
-    const Vec<T> log_sum = (load(x.max + j * W<T>) + log2_positive<T>(l)) * splat(T(LN2));
-    store(lse + j * W<T>, l == zero ? empty - splat(Bits<T>::infinity) : log_sum);
+    const index_t at = j * W<T>;
+    const Finished<T> f = finished<T>(load(x.max + at), load(x.sum + at), load(x.seen + at));
+    store(inverse + at, f.inverse);
+    store(lse + at, f.lse);
   }
   unpack_transposed<E>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
   __builtin_memcpy(static_cast<T*>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));

@@ -21,22 +21,33 @@ namespace {
 #include "kernel/rules.inl"
 #include "kernel/forward_tiles.inl"
 #include "kernel/forward.inl"
+#include "kernel/few.inl"
 #include "kernel/backward_tiles.inl"
 #include "kernel/backward.inl"
 #include "kernel/limits.inl"
 // clang-format on
 
 template <class E> constexpr Kernels kernels() {
-  return {LANES<Compute<E>>,        BACK_QUERIES, BACK_KEYS,
-          forward_scratch<E>,       forward<E>,   delta<E>,
-          backward_scratch<E>,      backward<E>,  round_rows<E>,
+  return {LANES<Compute<E>>,
+          FEW,
+          BACK_QUERIES,
+          BACK_KEYS,
+          forward_scratch<E>,
+          forward<E>,
+          few_scratch<E>,
+          forward_few<E>,
+          delta<E>,
+          backward_scratch<E>,
+          backward<E>,
+          round_rows<E>,
           multiply_adds<Compute<E>>};
 }
 
 }  // namespace
 
 extern const KernelTable FUSEDATTN_TABLE;
-const KernelTable FUSEDATTN_TABLE{
+// Initialised at compile time: loading the library must not run code of this instruction set.
+constinit const KernelTable FUSEDATTN_TABLE{
     FUSEDATTN_ISA_NAME,
     {kernels<float>(), kernels<double>(), kernels<Half>(), kernels<BFloat>()},
     read_stream};

@@ -85,11 +85,14 @@ struct DeltaHead {
 // The functions of one element type.
 struct Kernels {
   index_t query_block;   // forward: queries in the widest sub-block
+  index_t few_queries;   // forward_few: queries of a group at most
   index_t back_queries;  // backward: queries in a block, the unit of `turns`
   index_t back_keys;     // backward: keys in a block, the unit of its tasks
   std::size_t (*forward_scratch)(const ForwardHead&, index_t queries);
   void (*forward)(const ForwardHead&, index_t q_begin, index_t q_end, const NextQueries&,
                   void* scratch);
+  std::size_t (*few_scratch)(const ForwardHead&);
+  void (*forward_few)(const ForwardHead* heads, index_t group, void* scratch);
   void (*delta)(const DeltaHead&, index_t q_begin, index_t q_end);
   std::size_t (*backward_scratch)(const BackwardHead&);
   void (*backward)(const BackwardHead&, index_t key_block, void* scratch);

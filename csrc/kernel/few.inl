@@ -1,0 +1,251 @@
+// Forward for a few queries against many keys (decoding, speculative decoding, short chunks):
+// limited by reading K and V once, for all query heads that share them.
+//
+// Keys lie in the lanes for the scores: W x W elements of K are transposed in registers, so that
+// every logit is the same chain over d as in forward.inl; then rows of V are the vectors and P is
+// broadcast. Same blocks of keys, same order of every sum: the bits are those of forward.inl.
+//
+// Cost for W keys of d = 128 with W = 16: 8 transposes of about 70 cycles for 8 KB of K, which is
+// 50 GB/s a core; the multiply-adds of up to four queries hide behind the shuffles. While K is read
+// the same rows of V are fetched, while V is read the next rows of K.
+
+inline constexpr int FEW = 8;  // queries at most, over all heads of the group
+
+// One query and its running softmax in log2 units.
+template <class T> struct Row {
+  const ForwardHead* head;
+  index_t query;
+  Interval keys;
+  T *q, *o, *p, *dense;  // (d) scaled; (d_v) sum of P V; (KEY_BLOCK) logits, then P; mask and bias
+  T max, sum, rescale;
+  bool seen, has_dense;
+};
+
+// W rows of W elements at `at`, transposed: t[j] holds column j.
+template <class S, class T>
+FA_INLINE void load_transposed(const char* at, index_t row, Vec<T> (&t)[W<T>]) {
+  FA_UNROLL
+  for (int i = 0; i < W<T>; i += 2) {
+    t[i] = load_as<S>(at);
+    t[i + 1] = load_as<S>(at + row);
+    at += 2 * row;
+  }
+  transpose_registers<T>(t);
+}
+
+// p[r][key] = q[r] . k[key] for n keys, rows of K in storage type S. Fetches the same rows of V.
+template <class S, int R, class T = Compute<S>>
+FA_NOINLINE void few_scores(Row<T>* rows, index_t n, const char* k, index_t k_row, const char* v,
+                            index_t v_row, index_t v_bytes, index_t d) {
+  const T* q[R];
+  FA_UNROLL
+  for (int r = 0; r < R; r++) q[r] = rows[r].q;
+  for (index_t key = 0; key < n; key += W<T>) {
+    const int nk = int(min_index(W<T>, n - key));
+    Vec<T> acc[R] = {};
+    index_t c = 0;
+    const char* at = k + key * k_row;
+    if (nk == W<T>)
+      for (; c + W<T> <= d; c += W<T>) {
+        for (int i = 0; i < nk; i++)  // a few lines at a time: a burst would only wait for itself
+          if (c * index_t(sizeof(S)) < v_bytes)
+            prefetch_far(v + (key + i) * v_row + c * index_t(sizeof(S)));
+        Vec<T> t[W<T>];
+        load_transposed<S, T>(at + c * index_t(sizeof(S)), k_row, t);
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) {
+          FA_UNROLL
+          for (int r = 0; r < R; r++) acc[r] = fma<T>(splat(q[r][c + j]), t[j], acc[r]);
+        }
+      }
+    for (; c < d; c++) {  // the last keys, the last columns: one column at a time
+      const Vec<T> column = gather_as<S>(at + c * index_t(sizeof(S)), k_row, nk);
+      FA_UNROLL
+      for (int r = 0; r < R; r++) acc[r] = fma<T>(splat(q[r][c]), column, acc[r]);
+    }
+    FA_UNROLL
+    for (int r = 0; r < R; r++) store(rows[r].p + key, acc[r]);
+  }
+}
+
+// Masks and bias, maximum, P = exp2(S - max), sum: for one row and keys [k0, k0 + n).
+template <class E, class T = Compute<E>>
+FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
+  const Rules& rules = x.head->rules;
+  const bool ragged = x.keys.low > k0 || x.keys.high < k0 + n;
+  x.has_dense = rules.mask.data || rules.bias.data || ragged;
+  if (x.has_dense) {
+    dense_row<E>(rules, rules.mask.data != nullptr, x.query, k0, n, x.dense);
+    for (index_t i = 0; i < n; i++) {
+      const bool visible = k0 + i >= x.keys.low && k0 + i < x.keys.high;
+      const T add = visible ? x.dense[i] : -Bits<T>::infinity;
+      x.dense[i] = add;
+      x.p[i] = add == -Bits<T>::infinity ? add : x.p[i] + add;
+      x.seen |= add != -Bits<T>::infinity;
+    }
+  } else {
+    x.seen = true;
+  }
+  const index_t padded = round_up<T>(n);
+  for (index_t i = n; i < padded; i++) x.p[i] = -Bits<T>::infinity;
+  Vec<T> top = splat(x.max);
+  for (index_t i = 0; i < padded; i += W<T>) top = max_or_second<T>(load(x.p + i), top);
+  T max = top[0];
+  for (int i = 1; i < W<T>; i++) max = top[i] > max ? top[i] : max;
+  const Vec<T> rescale = exp2<T>(splat(x.max) - splat(max));
+  for (index_t i = 0; i < padded; i += W<T>) store(x.p + i, exp2<T>(load(x.p + i) - splat(max)));
+  T sum = 0;
+  for (index_t i = 0; i < n; i++) sum += x.p[i];
+  x.sum = fma<T>(splat(x.sum), rescale, splat(sum))[0];
+  x.max = max;
+  x.rescale = rescale[0];
+}
+
+// o[r] = o[r] * rescale + sum over n keys of p[r][key] * v[key]; fetches n rows of what comes next.
+template <class T, int R, int NJ>
+FA_INLINE void few_value_tile(Row<T>* rows, index_t n, Rows<T> v, index_t column, const char* next,
+                              index_t next_row, index_t next_bytes) {
+  Vec<T> acc[R][NJ] = {};
+  const index_t p_row = R > 1 ? rows[1].p - rows[0].p : 0;
+  for (index_t key = 0; key < n; key += 4) {
+    const index_t piece = min_index(4, n - key);
+    const index_t begin = column * index_t(sizeof(T)), end = begin + NJ * W<T> * index_t(sizeof(T));
+    for (index_t i = 0; next && i < piece; i++)
+      for (index_t c = begin; c < min_index(end, next_bytes); c += 64)
+        prefetch_far(next + (key + i) * next_row + c);
+    multiply_tile<T, R, NJ>(acc, rows[0].p + key, p_row, 1, v.data + key * v.ld + column, v.ld,
+                            piece);
+  }
+  FA_UNROLL
+  for (int r = 0; r < R; r++) {
+    FA_UNROLL
+    for (int j = 0; j < NJ; j++) {
+      T* at = rows[r].o + column + j * W<T>;
+      store(at, fma<T>(load(at), splat(rows[r].rescale), acc[r][j]));
+    }
+  }
+}
+template <class T, int R>
+FA_NOINLINE void few_values(Row<T>* rows, index_t n, Rows<T> v, index_t padded, const char* next,
+                            index_t next_row, index_t next_bytes) {
+  constexpr int NJ = R <= 4 ? 4 : 2;
+  index_t c = 0;
+  for (; c + NJ * W<T> <= padded; c += NJ * W<T>)
+    few_value_tile<T, R, NJ>(rows, n, v, c, next, next_row, next_bytes);
+  for (; c < padded; c += W<T>) few_value_tile<T, R, 1>(rows, n, v, c, next, next_row, next_bytes);
+}
+
+// The same without the masked pairs, where V holds something that is not finite.
+template <class T>
+FA_NOINLINE void few_careful_values(Row<T>& x, index_t n, Rows<T> v, index_t padded) {
+  for (index_t c = 0; c < padded; c += W<T>) {
+    Vec<T> acc{};
+    for (index_t key = 0; key < n; key++)
+      if (x.dense[key] != -Bits<T>::infinity)
+        acc = fma<T>(splat(x.p[key]), load(v.data + key * v.ld + c), acc);
+    store(x.o + c, fma<T>(load(x.o + c), splat(x.rescale), acc));
+  }
+}
+
+template <class S, class T>
+FA_INLINE void few_scores_of(int count, Row<T>* rows, index_t n, const char* k, index_t k_row,
+                             const char* v, index_t v_row, index_t v_bytes, index_t d) {
+  int r = 0;  // rows in fours, the last ones alone: V is fetched with the first
+  for (; r + 4 <= count; r += 4, v_bytes = 0)
+    few_scores<S, 4>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+  if (r + 2 <= count) {
+    few_scores<S, 2>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+    r += 2;
+    v_bytes = 0;
+  }
+  if (r < count) few_scores<S, 1>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+}
+
+template <class E> static size_t few_scratch(const ForwardHead& h) {
+  using T = Compute<E>;
+  const index_t elements = FEW * (round_up<T>(h.d) + round_up<T>(h.dv) + 2 * KEY_BLOCK) +
+                           KEY_BLOCK * (round_up<T>(h.d) + round_up<T>(h.dv));
+  return size_t(elements) * sizeof(T) + (4 * FEW + 4) * 64;
+}
+
+// All queries of `group` heads that share one key/value head; at most FEW in all.
+template <class E> static void forward_few(const ForwardHead* heads, index_t group, void* scratch) {
+  using T = Compute<E>;
+  const ForwardHead& h = heads[0];
+  char* free = static_cast<char*>(scratch);
+  const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.dv);
+  T *q = carve<T>(free, FEW * ld), *o = carve<T>(free, FEW * ld_v);
+  T *p = carve<T>(free, FEW * KEY_BLOCK), *dense = carve<T>(free, FEW * KEY_BLOCK);
+  T *k_copy = carve<T>(free, KEY_BLOCK * ld), *v_copy = carve<T>(free, KEY_BLOCK * ld_v);
+  const bool k_native = is_native<E>(h.k);
+  const bool v_ready = sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
+
+  Row<T> rows[FEW];
+  int count = 0;
+  Interval any{h.sk, 0};
+  for (index_t g = 0; g < group; g++)
+    for (index_t i = 0; i < h.sq; i++, count++) {
+      Row<T>& x = rows[count];
+      x = {heads + g,
+           i,
+           visible_keys(heads[g].rules, i),
+           q + count * ld,
+           o + count * ld_v,
+           p + count * KEY_BLOCK,
+           dense + count * KEY_BLOCK,
+           Bits<T>::lowest,
+           0,
+           1,
+           false,
+           false};
+      copy_rows<E>(heads[g].q, i, 1, h.d, T(h.scale * LOG2E), x.q, ld);
+      __builtin_memset(x.o, 0, size_t(ld_v) * sizeof(T));
+      if (x.keys.low >= x.keys.high) continue;
+      any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
+    }
+
+  for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
+    const index_t k0 = max_index(block, any.low), n = min_index(block + KEY_BLOCK, any.high) - k0;
+    // 1. scores
+    const char *k = h.k.data + k0 * h.k.row, *v = h.v.data + k0 * h.v.row;
+    const index_t k_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
+    if (k_native) {
+      few_scores_of<E>(count, rows, n, k, h.k.row, v, h.v.row, v_bytes, h.d);
+    } else {
+      copy_rows<E>(h.k, k0, n, h.d, T(1), k_copy, ld);
+      few_scores_of<T>(count, rows, n, reinterpret_cast<const char*>(k_copy),
+                       ld * index_t(sizeof(T)), v, h.v.row, v_bytes, h.d);
+    }
+    // 2. P = exp2(S - max)
+    bool masked = false;
+    for (int r = 0; r < count; r++) {
+      few_softmax<E>(rows[r], k0, n);
+      masked |= rows[r].has_dense;
+    }
+    // 3. O = O * rescale + P V
+    const Rows<T> vr = rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
+    const char* next = k0 + 2 * n <= any.high ? k + n * h.k.row : nullptr;
+    if (masked && !all_finite<T>(vr, n, h.dv)) {
+      for (int r = 0; r < count; r++)
+        rows[r].has_dense ? few_careful_values<T>(rows[r], n, vr, ld_v)
+                          : few_values<T, 1>(rows + r, n, vr, ld_v, nullptr, 0, 0);
+      continue;
+    }
+    int r = 0;
+    for (; r + 4 <= count; r += 4, next = nullptr)
+      few_values<T, 4>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+    if (r + 2 <= count) {
+      few_values<T, 2>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+      r += 2;
+      next = nullptr;
+    }
+    if (r < count) few_values<T, 1>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+  }
+
+  for (int r = 0; r < count; r++) {
+    const Row<T>& x = rows[r];
+    const Finished<T> f = finished<T>(splat(x.max), splat(x.sum), splat(T(x.seen)));
+    store_rows<E>(x.o, ld_v, f.inverse[0], x.head->out, x.query, 1, h.dv);
+    static_cast<T*>(x.head->lse)[x.query] = f.lse[0];
+  }
+}
