@@ -60,8 +60,8 @@ def attention(
     """Softmax attention, ``softmax(scale * q @ k^T + bias) @ v``, without the score matrix.
 
     Online softmax in tiles (Milakov and Gimelshein, 2018; Dao et al., *FlashAttention*, 2022). The
-    logits are ``s_ij = scale * (q_i . k_j) + bias_ij``, minus infinity where a rule forbids the pair
-    (i, j); the softmax runs over j. Scratch memory is linear in the lengths.
+    logits are ``s_ij = scale * (q_i . k_j) + bias_ij``, minus infinity where a rule forbids the
+    pair (i, j); the softmax runs over j. Scratch memory is linear in the lengths.
 
     Parameters
     ----------
@@ -309,8 +309,9 @@ def attention_varlen(
         As :func:`attention`.
     """
     return _core.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, scale, out, num_threads, return_lse
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, scale, out, num_threads,
+        return_lse,
+    )  # fmt: skip
 
 
 def attention_varlen_backward(

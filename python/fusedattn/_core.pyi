@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
@@ -11,11 +10,11 @@ def attention(
     v: Any,
     mask: Any,
     bias: Any,
-    is_causal: bool,
+    is_causal: Any,
     q_offset: Any,
     scale: float | None,
     kv_lengths: Any,
-    layout: str,
+    layout: Any,
     out: NDArray[Any] | None,
     num_threads: int | None,
     return_lse: bool,
@@ -29,11 +28,11 @@ def attention_backward(
     lse: Any,
     mask: Any,
     bias: Any,
-    is_causal: bool,
+    is_causal: Any,
     q_offset: Any,
     scale: float | None,
     kv_lengths: Any,
-    layout: str,
+    layout: Any,
     num_threads: int | None,
     need_q: bool,
     need_k: bool,
@@ -46,7 +45,7 @@ def attention_varlen(
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    is_causal: bool,
+    is_causal: Any,
     q_offset: Any,
     scale: float | None,
     out: NDArray[Any] | None,
@@ -62,7 +61,7 @@ def attention_varlen_backward(
     lse: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    is_causal: bool,
+    is_causal: Any,
     q_offset: Any,
     scale: float | None,
     num_threads: int | None,

@@ -84,7 +84,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = np.asarray(attn_mask)
         rule["mask" if attn_mask.dtype == np.bool_ else "bias"] = attn_mask
-    return attention(query, key, value, is_causal=bool(is_causal), scale=scale, **rule)  # type: ignore[return-value]
+    out: NDArray[Any] = attention(query, key, value, is_causal=bool(is_causal), scale=scale, **rule)
+    return out
 
 
 def _check_heads(query: Any, key: Any) -> None:
