@@ -60,23 +60,30 @@ FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool us
     dense_row<E>(rules, use_mask, x.first, k0, n, tile);
     return {tile, 1, 0};
   }
-  alignas(64) T rows[W<T>][KEY_BLOCK];
-  for (index_t r = 0; r < lanes; r += W<T>) {
-    FA_UNROLL
-    for (int i = 0; i < W<T>; i++) {
-      const index_t q = x.first + min_index(r + i, x.count - 1);
-      if (dense)
-        dense_row<E>(rules, use_mask, q, k0, n, rows[i]);
-      else
-        for (index_t c = 0; c < n; c++) rows[i][c] = T(0);
-      if (ragged) {
-        const Interval v = visible_keys(rules, q);
-        for (index_t c = 0; c < n; c++)
-          rows[i][c] = k0 + c >= v.low && k0 + c < v.high ? rows[i][c] : -Bits<T>::infinity;
+  if (dense)
+    for (index_t r = 0; r < lanes; r += W<T>) {
+      alignas(64) T rows[W<T>][KEY_BLOCK];
+      for (int i = 0; i < W<T>; i++)
+        dense_row<E>(rules, use_mask, x.first + min_index(r + i, x.count - 1), k0, n, rows[i]);
+      const Matrix m{reinterpret_cast<char*>(rows), index_t(sizeof(rows[0])), index_t(sizeof(T))};
+      pack_transposed<T>(m, 0, W<T>, n, T(1), tile + r, lanes);
+    }
+  if (ragged) {
+    alignas(64) T low[LANES<T>], high[LANES<T>];  // relative to k0: small integers, exact in T
+    for (index_t r = 0; r < lanes; r++) {
+      const Interval v = visible_keys(rules, x.first + min_index(r, x.count - 1));
+      low[r] = T(max_index(min_index(v.low - k0, n), 0));
+      high[r] = T(max_index(min_index(v.high - k0, n), 0));
+    }
+    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    for (index_t r = 0; r < lanes; r += W<T>) {
+      const Vec<T> from = load(low + r), to = load(high + r);
+      for (index_t c = 0; c < n; c++) {
+        const Vec<T> key = splat(T(c)), before = dense ? load(tile + c * lanes + r) : Vec<T>{};
+        const Vec<T> begun = key >= from ? before : minus_inf;
+        store(tile + c * lanes + r, key < to ? begun : minus_inf);
       }
     }
-    const Matrix m{reinterpret_cast<char*>(rows), index_t(sizeof(rows[0])), index_t(sizeof(T))};
-    pack_transposed<T>(m, 0, W<T>, n, T(1), tile + r, lanes);
   }
   return {tile, lanes, W<T>};
 }
@@ -158,6 +165,21 @@ FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
   __builtin_memcpy(static_cast<T*>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
 }
 
+inline constexpr index_t RAGGED = 4;  // at most this part, 1/4, of a sub-block's keys
+
+// As many queries as a sub-block holds, but fewer where their intervals differ much: what is ragged
+// is computed in full and thrown away. The bits do not depend on it.
+template <class T> FA_INLINE void choose_width(Queries<T>& x, const ForwardHead& h, index_t q_end) {
+  for (int vectors = MAX_NJ;; vectors = (vectors + 1) / 2) {
+    x.count = min_index(q_end - x.first, vectors * W<T>);
+    x.vectors = int((x.count + W<T> - 1) / W<T>);
+    x.keys = visible_span(h.rules, x.first, x.first + x.count, h.sk);
+    const index_t any = x.keys.any.high - x.keys.any.low;
+    const index_t all = max_index(x.keys.all.high - x.keys.all.low, 0);
+    if (x.vectors == 1 || any > RAGGED * (any - all)) return;
+  }
+}
+
 template <class E> static size_t forward_scratch(const ForwardHead& h, index_t queries) {
   using T = Compute<E>;
   const index_t subs =
@@ -186,9 +208,7 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
-    x.count = min_index(q_end - q, LANES<T>);
-    x.vectors = int((x.count + W<T> - 1) / W<T>);
-    x.keys = visible_span(h.rules, q, q + x.count, h.sk);
+    choose_width<T>(x, h, q_end);
     const index_t lanes = x.vectors * W<T>;
     x.q = carve<T>(free, h.d * lanes);
     x.o = carve<T>(free, h.dv * lanes);
