@@ -26,11 +26,15 @@ index_t ceil_div(index_t a, index_t b) {
   return (a + b - 1) / b;
 }
 
-// Query-key pairs that are computed, about.
+// Query-key pairs that are computed, about: a window or a causal mask leaves its part of a row.
 double pairs(const Call& c) {
   double n = 0;
-  for (std::size_t b = 0; b < std::size_t(c.batch); b++) n += double(c.sq[b]) * double(c.sk[b]);
-  return n * double(c.heads) * (c.is_causal ? 0.5 : 1.0);
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++) {
+    const double keys = double(c.sk[b]), left = std::min(double(c.left), keys / 2),
+                 right = std::min(double(c.right), keys / 2);
+    n += double(c.sq[b]) * std::min(keys, left + right + 1);
+  }
+  return n * double(c.heads);
 }
 
 // A thread more for each 1.5 MFLOP: below that, waking it costs more than it brings.

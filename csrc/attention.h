@@ -25,7 +25,7 @@ struct Tensor {
 struct Call {
   DType dtype = DType::float32;
   index_t batch = 0, heads = 0, kv_heads = 0, d = 0, d_v = 0;
-  std::vector<index_t> sq, sk, q_offset, kv_length;
+  std::vector<index_t> sq, sk, q_offset, q_length, kv_length;
   Tensor q, k, v, out;
   Tensor mask, bias;
   Tensor dout, dq, dk, dv,
@@ -34,12 +34,12 @@ struct Call {
   std::vector<index_t> lse_batch;
   index_t lse_head = 0;
   double scale = 1.0;
-  bool is_causal = false;
+  index_t left = UNBOUNDED, right = UNBOUNDED;  // the window; causal: right = 0
   int threads = 1;
 
   Rules rules(index_t b, index_t h) const {
-    return {is_causal, q_offset[std::size_t(b)], kv_length[std::size_t(b)], mask.at(b, h),
-            bias.at(b, h)};
+    const std::size_t i = std::size_t(b);
+    return {q_offset[i], left, right, q_length[i], kv_length[i], mask.at(b, h), bias.at(b, h)};
   }
 };
 

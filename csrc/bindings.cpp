@@ -84,57 +84,76 @@ void take_qkv(Request& r, py::handle q, py::handle k, py::handle v, bool bshd) {
   r.out_shape[std::size_t(x.col)] = c.d_v;
 }
 
-void take_common(Request& r, py::handle scale, py::handle is_causal, py::handle num_threads) {
-  r.call.scale =
-      scale.is_none() ? 1.0 / std::sqrt(double(r.call.d)) : finite_number("scale", scale);
-  r.call.is_causal = truth_of("is_causal", is_causal);
-  r.call.threads = threads_of(num_threads);
+// The rules as _attention.py's _rules() lines them up.
+struct RuleArguments {
+  py::object mask, bias, is_causal, q_offset, window, scale, q_lengths, kv_lengths;
+
+  explicit RuleArguments(const py::tuple& t)
+      : mask(t[0]),
+        bias(t[1]),
+        is_causal(t[2]),
+        q_offset(t[3]),
+        window(t[4]),
+        scale(t[5]),
+        q_lengths(t[6]),
+        kv_lengths(t[7]) {}
+};
+
+// How many rows of each sample count: `most` where nothing else is said.
+std::vector<index_t> lengths_of(const char* name, const py::object& object, const Request& r,
+                                const std::vector<index_t>& most) {
+  if (object.is_none()) return most;
+  std::vector<index_t> lengths = integers_of(name, object, r.lead, r.call.batch);
+  for (std::size_t b = 0; b < lengths.size(); b++)
+    if (lengths[b] < 0 || lengths[b] > most[b])
+      wrong_value(name, "values from 0 to the length " + std::to_string(most[b]),
+                  std::to_string(lengths[b]));
+  return lengths;
 }
 
-void take_offsets(Request& r, py::handle q_offset) {
+// What does not depend on how samples are laid out; sq, sk and lead are known.
+void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) {
   Call& c = r.call;
-  c.q_offset = integers_of("q_offset", q_offset, r.lead, c.batch);
+  c.scale =
+      rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
+  window_of(rules.window, c);
+  if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);
+  c.q_offset = integers_of("q_offset", rules.q_offset, r.lead, c.batch);
   for (const index_t o : c.q_offset)
     if (o > index_t(1) << 60 || o < -(index_t(1) << 60))
       wrong_value("q_offset", "at most 2**60 in magnitude", std::to_string(o));
+  c.q_length = lengths_of("q_lengths", rules.q_lengths, r, c.sq);
+  c.kv_length = lengths_of("kv_lengths", rules.kv_lengths, r, c.sk);
+  c.threads = threads_of(num_threads);
 }
 
 // Rectangular calls: every sample has the same lengths.
-Request rectangular(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle bias,
-                    py::handle is_causal, py::handle q_offset, py::handle scale,
-                    py::handle kv_lengths, py::handle layout, py::handle num_threads) {
+Request rectangular(py::handle q, py::handle k, py::handle v, const RuleArguments& rules,
+                    py::handle layout, py::handle num_threads) {
   Request r;
   Call& c = r.call;
   take_qkv(r, q, k, v, is_bshd(layout));
-  take_common(r, scale, is_causal, num_threads);
   const index_t sq = index_t(r.q.shape(r.q_axes.row)), sk = index_t(r.k.shape(r.k_axes.row));
   c.sq.assign(std::size_t(c.batch), sq);
   c.sk.assign(std::size_t(c.batch), sk);
-  take_offsets(r, q_offset);
+  take_rules(r, rules, num_threads);
 
   r.lse_shape = r.lead;
   if (r.q_axes.head >= 0) r.lse_shape.push_back(c.heads);
   r.lse_shape.push_back(sq);
   Shape scores = r.lse_shape;
   scores.push_back(sk);
-  if (!mask.is_none()) {
-    const py::array a = array_of("mask", mask);
+  if (!rules.mask.is_none()) {
+    const py::array a = array_of("mask", rules.mask);
     if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
     c.mask = broadcast_tensor("mask", a, scores);
     r.others.push_back(a);
   }
-  if (!bias.is_none()) {
-    const py::array a = array_of("bias", bias);
+  if (!rules.bias.is_none()) {
+    const py::array a = array_of("bias", rules.bias);
     same_dtype("bias", a, r);
     c.bias = broadcast_tensor("bias", a, scores);
     r.others.push_back(a);
-  }
-  c.kv_length = c.sk;
-  if (!kv_lengths.is_none()) {
-    c.kv_length = integers_of("kv_lengths", kv_lengths, r.lead, c.batch);
-    for (const index_t n : c.kv_length)
-      if (n < 0 || n > sk)
-        wrong_value("kv_lengths", "values from 0 to Sk=" + std::to_string(sk), std::to_string(n));
   }
   r.lse_rows = sq;
   c.lse_head = sq;
@@ -164,13 +183,11 @@ std::vector<index_t> cumulative(const char* name, py::handle object, index_t tot
 
 // Packed calls: sample b is rows [cu[b], cu[b + 1]) of (T, H, D).
 Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
-               py::handle cu_seqlens_k, py::handle is_causal, py::handle q_offset, py::handle scale,
-               py::handle num_threads) {
+               py::handle cu_seqlens_k, const RuleArguments& rules, py::handle num_threads) {
   Request r;
   Call& c = r.call;
   take_qkv(r, q, k, v, true);
   if (r.q.ndim() != 3) wrong_value("q", "shape (T, H, D)", text_of(shape_of(r.q)));
-  take_common(r, scale, is_causal, num_threads);
   const index_t total_q = index_t(r.q.shape(0)), total_k = index_t(r.k.shape(0));
   const std::vector<index_t> cu_q = cumulative("cu_seqlens_q", cu_seqlens_q, total_q),
                              cu_k = cumulative("cu_seqlens_k", cu_seqlens_k, total_k);
@@ -191,8 +208,7 @@ Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q
     c.sk.push_back(cu_k[b + 1] - cu_k[b]);
     c.lse_batch.push_back(cu_q[b]);
   }
-  c.kv_length = c.sk;
-  take_offsets(r, q_offset);
+  take_rules(r, rules, num_threads);
   c.lse_head = r.lse_rows = total_q;
   r.lse_shape = {c.heads, total_q};
   return r;
@@ -267,8 +283,15 @@ py::array input_like(const char* name, py::handle object, const py::dtype& dtype
   return a;
 }
 
-py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, bool need_q,
-                   bool need_k, bool need_v, bool need_bias, py::handle bias) {
+struct Needs {
+  bool q, k, v, bias;
+
+  explicit Needs(const py::tuple& t)
+      : q(t[0].cast<bool>()), k(t[1].cast<bool>()), v(t[2].cast<bool>()), bias(t[3].cast<bool>()) {}
+};
+
+py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, Needs need,
+                   py::handle bias) {
   Call& c = r.call;
   const py::array d = input_like("dout", dout, r.dtype, r.out_shape),
                   o = input_like("out", out, r.dtype, r.out_shape);
@@ -284,10 +307,10 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
     t = like(r, g, axes, input, input.row);
     return g;
   };
-  if (need_q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q);
-  if (need_k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
-  if (need_v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
-  if (need_bias) {
+  if (need.q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q);
+  if (need.k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
+  if (need.v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
+  if (need.bias) {
     if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
     const py::array b = array_of("bias", bias);
     py::array g = py::module_::import("numpy").attr("zeros")(
@@ -299,7 +322,7 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   }
   kernel_table();
   run_without_gil([&](Loop& loop) { return attention_backward(c, loop); });
-  if (need_bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
+  if (need.bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
   return py::make_tuple(dq, dk, dv, dbias);
 }
 
@@ -328,29 +351,27 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.attr("__version__") = FUSEDATTN_VERSION;
 
   using H = py::handle;
-  m.def("attention", [](H q, H k, H v, H mask, H bias, H is_causal, H q_offset, H scale,
-                        H kv_lengths, H layout, H out, H num_threads, bool return_lse) {
-    Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout,
-                            num_threads);
-    return forward(r, out, return_lse);
+  m.def("attention",
+        [](H q, H k, H v, const py::tuple& rules, H layout, H out, H num_threads, bool return_lse) {
+          Request r = rectangular(q, k, v, RuleArguments(rules), layout, num_threads);
+          return forward(r, out, return_lse);
+        });
+  m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, const py::tuple& rules,
+                                 H layout, H num_threads, const py::tuple& need) {
+    const RuleArguments arguments(rules);
+    Request r = rectangular(q, k, v, arguments, layout, num_threads);
+    return backward(r, dout, out, lse, Needs(need), arguments.bias);
   });
-  m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, H mask, H bias, H is_causal,
-                                 H q_offset, H scale, H kv_lengths, H layout, H num_threads,
-                                 bool need_q, bool need_k, bool need_v, bool need_bias) {
-    Request r = rectangular(q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout,
-                            num_threads);
-    return backward(r, dout, out, lse, need_q, need_k, need_v, need_bias, bias);
-  });
-  m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
-                               H out, H num_threads, bool return_lse) {
-    Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
+  m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, const py::tuple& rules, H out,
+                               H num_threads, bool return_lse) {
+    Request r = packed(q, k, v, cu_q, cu_k, RuleArguments(rules), num_threads);
     return forward(r, out, return_lse);
   });
   m.def("attention_varlen_backward",
-        [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, H is_causal, H q_offset, H scale,
-           H num_threads, bool need_q, bool need_k, bool need_v) {
-          Request r = packed(q, k, v, cu_q, cu_k, is_causal, q_offset, scale, num_threads);
-          return backward(r, dout, out, lse, need_q, need_k, need_v, false, py::none());
+        [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, const py::tuple& rules,
+           H num_threads, const py::tuple& need) {
+          Request r = packed(q, k, v, cu_q, cu_k, RuleArguments(rules), num_threads);
+          return backward(r, dout, out, lse, Needs(need), py::none());
         });
 
   m.def("get_num_threads", &get_num_threads);

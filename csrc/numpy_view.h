@@ -152,6 +152,25 @@ inline std::vector<index_t> integers_of(const char* name, py::handle object, con
   return std::vector<index_t>(values.data(), values.data() + values.size());
 }
 
+// None, or (left, right): how many keys before and after its own position a query sees; -1 is no
+// end.
+inline void window_of(py::handle object, Call& c) {
+  if (object.is_none()) return;
+  const std::string expected = "None or (left, right), two integers of at least -1";
+  if (!PySequence_Check(object.ptr()) || py::isinstance<py::str>(object) || py::len(object) != 2)
+    wrong_value("window", expected, py::repr(object).cast<std::string>());
+  const auto side = [&](py::object x) -> index_t {
+    if (!PyIndex_Check(x.ptr()) || PyBool_Check(x.ptr()))
+      wrong_type("window", expected, py::repr(object).cast<std::string>());
+    const long long n = py::int_(x).cast<long long>();
+    if (n < -1) wrong_value("window", expected, py::repr(object).cast<std::string>());
+    return n < 0 ? UNBOUNDED : std::min<index_t>(n, UNBOUNDED);
+  };
+  const auto sides = py::reinterpret_borrow<py::sequence>(object);
+  c.left = side(sides[0]);
+  c.right = side(sides[1]);
+}
+
 inline double finite_number(const char* name, py::handle object) {
   const double x = PyFloat_AsDouble(object.ptr());
   if (x == -1.0 && PyErr_Occurred()) {

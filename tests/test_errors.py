@@ -8,11 +8,9 @@ from tests.strategies import make
 
 SIZES = {"lead": (2,), "h": 4, "hkv": 2, "sq": 5, "sk": 6, "d": 8, "dv": 3}
 NOT_YET = {
-    "window": (1, 1),
     "softcap": 1.0,
     "alibi_slopes": np.ones(4, np.float32),
     "sinks": np.ones(4, np.float32),
-    "q_lengths": np.array([1, 2]),
     "segment_ids": np.zeros((2, 5), int),
     "dropout_p": 0.5,
     "seed": 1,

@@ -8,12 +8,10 @@ struct Interval {
 // The one place where interval rules become keys. Query i may see keys [low, high), empty if low >=
 // high.
 FA_INLINE Interval visible_keys(const Rules& rules, index_t i) {
-  Interval v{0, rules.kv_length};
-  if (rules.is_causal) {
-    const index_t end = i + rules.q_offset + 1;
-    if (end < v.high) v.high = end < 0 ? 0 : end;
-  }
-  return v;
+  if (i >= rules.q_length) return {0, 0};
+  const index_t p = i + rules.q_offset;
+  return {max_index(0, p - rules.left),
+          max_index(0, min_index(rules.kv_length, p + rules.right + 1))};
 }
 
 // Over a range of queries: keys that some query sees lie in `any`, keys that every query sees are

@@ -9,6 +9,8 @@ namespace fusedattn {
 
 using index_t = std::int64_t;
 
+inline constexpr index_t UNBOUNDED = index_t(1) << 61;  // a window's side without an end
+
 // float16 and bfloat16 are computed in float32.
 enum class DType { float32, float64, float16, bfloat16 };
 
@@ -21,11 +23,12 @@ struct Matrix {
 // Which keys a query may see, and what is added to its logits. Interval rules first; a dense part
 // if need be.
 struct Rules {
-  bool is_causal;
-  index_t q_offset;   // position of query 0 among the keys
-  index_t kv_length;  // keys at and beyond it are padding; at most sk
-  Matrix mask;        // (sq, sk) of bytes, 0 = masked; data null if there is none
-  Matrix bias;        // (sq, sk) of the element type, natural-log units; data null if there is none
+  index_t q_offset;     // position of query 0 among the keys
+  index_t left, right;  // a query at position p sees keys p - left to p + right; causal: right = 0
+  index_t q_length;     // queries at and beyond it are padding and see nothing
+  index_t kv_length;    // keys at and beyond it are padding; at most sk
+  Matrix mask;          // (sq, sk) of bytes, 0 = masked; data null if there is none
+  Matrix bias;  // (sq, sk) of the element type, natural-log units; data null if there is none
 };
 
 // One query head against its key/value head.

@@ -33,6 +33,21 @@ def _refuse(**rules: Any) -> None:
             raise NotImplementedError(f"{name}: this rule is not implemented yet; leave it out")
 
 
+def _rules(
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: Any = False,
+    q_offset: Any = 0,
+    window: Any = None,
+    scale: Any = None,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+) -> tuple[Any, ...]:
+    """The rules in the order in which the core reads them."""
+    return (mask, bias, is_causal, q_offset, window, scale, q_lengths, kv_lengths)
+
+
 def attention(
     q: Any,
     k: Any,
@@ -82,11 +97,17 @@ def attention(
     q_offset : int or integer array of shape (B,), default 0
         Position of the first query among the keys. 0 aligns top-left (PyTorch, JAX, ONNX),
         ``Sk - Sq`` bottom-right (FlashAttention).
+    window : (left, right), optional
+        Query i sees keys from ``p - left`` to ``p + right`` only, ends included, where
+        ``p = i + q_offset``; -1 is no end. With `is_causal`, right is at most 0.
     scale : float, optional
         Default ``1 / sqrt(D)``.
+    q_lengths : int or integer array of shape (B,), optional
+        Queries at and beyond this position are padding: out 0, LSE minus infinity, gradients 0.
+        Default Sq.
     kv_lengths : int or integer array of shape (B,), optional
         Keys at and beyond this position are padding. Default Sk.
-    window, softcap, alibi_slopes, sinks, q_lengths, segment_ids, dropout_p, seed
+    softcap, alibi_slopes, sinks, segment_ids, dropout_p, seed
         Not implemented yet; must be left at their defaults.
     layout : {"bhsd", "bshd"}, default "bhsd"
     out : array, optional
@@ -125,22 +146,24 @@ def attention(
     (1, 2, 3, 4)
     """
     _refuse(
-        window=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        q_lengths=q_lengths,
         segment_ids=segment_ids,
         dropout_p=dropout_p,
         seed=seed,
     )
-    return _core.attention(
-        q, k, v, mask, bias, is_causal, q_offset, scale, kv_lengths, layout, out, num_threads,
-        return_lse,
+    rules = _rules(
+        mask=mask, bias=bias, is_causal=is_causal, q_offset=q_offset, window=window, scale=scale,
+        q_lengths=q_lengths, kv_lengths=kv_lengths,
     )  # fmt: skip
+    return _core.attention(q, k, v, rules, layout, out, num_threads, return_lse)
 
 
-def _needs(need: Sequence[str], known: tuple[str, ...]) -> tuple[bool, ...]:
+def _needs(
+    need: Sequence[str], known: tuple[str, ...] = ("q", "k", "v", "bias")
+) -> tuple[bool, ...]:
+    """Whether dq, dk, dv and dbias are needed."""
     if isinstance(need, str):
         need = (need,)
     for name in need:
@@ -148,7 +171,7 @@ def _needs(need: Sequence[str], known: tuple[str, ...]) -> tuple[bool, ...]:
             raise NotImplementedError("need: 'sinks' is not implemented yet; leave it out")
         if name not in known:
             raise ValueError(f"need: expected names among {known}, got {name!r}")
-    return tuple(name in need for name in known)
+    return tuple(name in need for name in ("q", "k", "v", "bias"))
 
 
 def attention_backward(
@@ -209,20 +232,21 @@ def attention_backward(
         As :func:`attention`.
     """
     _refuse(
-        window=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        q_lengths=q_lengths,
         segment_ids=segment_ids,
         dropout_p=dropout_p,
         seed=seed,
         dlse=dlse,
     )
-    gradients = _core.attention_backward(
-        dout, q, k, v, out, lse, mask, bias, is_causal, q_offset, scale, kv_lengths, layout,
-        num_threads, *_needs(need, ("q", "k", "v", "bias")),
+    rules = _rules(
+        mask=mask, bias=bias, is_causal=is_causal, q_offset=q_offset, window=window, scale=scale,
+        q_lengths=q_lengths, kv_lengths=kv_lengths,
     )  # fmt: skip
+    gradients = _core.attention_backward(
+        dout, q, k, v, out, lse, rules, layout, num_threads, _needs(need)
+    )
     return AttentionGradients(*gradients, None)
 
 
@@ -258,7 +282,7 @@ def attention_vjp(
     for name in ("out", "return_lse"):
         if name in rules:
             raise TypeError(f"{name}: not an argument of attention_vjp")
-    _needs(need, ("q", "k", "v", "bias"))
+    _needs(need)
     out, lse = attention(q, k, v, num_threads=num_threads, return_lse=True, **rules)
 
     def vjp(dout: Any) -> AttentionGradients:
@@ -278,6 +302,7 @@ def attention_varlen(
     *,
     is_causal: bool = False,
     q_offset: int | ArrayLike = 0,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -294,7 +319,7 @@ def attention_varlen(
     cu_seqlens_q, cu_seqlens_k : integer arrays, shape (N + 1,)
         Sequence n is rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; ascending from 0 to the
         packed length. Empty sequences are allowed.
-    is_causal, scale, out, num_threads, return_lse
+    is_causal, window, scale, out, num_threads, return_lse
         As in :func:`attention`.
     q_offset : int or integer array of shape (N,), default 0
 
@@ -308,10 +333,10 @@ def attention_varlen(
     TypeError, ValueError, NotImplementedError
         As :func:`attention`.
     """
+    rules = _rules(is_causal=is_causal, q_offset=q_offset, window=window, scale=scale)
     return _core.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, scale, out, num_threads,
-        return_lse,
-    )  # fmt: skip
+        q, k, v, cu_seqlens_q, cu_seqlens_k, rules, out, num_threads, return_lse
+    )
 
 
 def attention_varlen_backward(
@@ -326,6 +351,7 @@ def attention_varlen_backward(
     *,
     is_causal: bool = False,
     q_offset: int | ArrayLike = 0,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
     need: Sequence[str] = ("q", "k", "v"),
     num_threads: int | None = None,
@@ -336,7 +362,7 @@ def attention_varlen_backward(
     ----------
     dout, out : arrays, shape (Tq, H, Dv)
     lse : array, shape (H, Tq)
-    q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, scale, num_threads
+    q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, window, scale, num_threads
         As given to :func:`attention_varlen`.
     need : sequence of {"q", "k", "v"}, default all three
 
@@ -349,9 +375,10 @@ def attention_varlen_backward(
     TypeError, ValueError, NotImplementedError
         As :func:`attention`.
     """
+    rules = _rules(is_causal=is_causal, q_offset=q_offset, window=window, scale=scale)
     gradients = _core.attention_varlen_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, scale,
-        num_threads, *_needs(need, ("q", "k", "v")),
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rules, num_threads,
+        _needs(need, ("q", "k", "v")),
     )  # fmt: skip
     return AttentionGradients(*gradients, None)
 
