@@ -119,6 +119,7 @@ template <class T> Answer computed(const Shape& s, const Inputs& in, int threads
   c.sq.assign(std::size_t(s.batch), s.sq);
   c.sk.assign(std::size_t(s.batch), s.sk);
   c.q_offset.assign(std::size_t(s.batch), s.offset);
+  c.q_length = c.sq;
   c.kv_length.assign(std::size_t(s.batch), s.sk - s.padding);
   c.q = tensor(q, s, s.heads, s.sq, s.d);
   c.k = tensor(k, s, s.kv_heads, s.sk, s.d);
@@ -137,7 +138,7 @@ template <class T> Answer computed(const Shape& s, const Inputs& in, int threads
   for (index_t b = 0; b < s.batch; b++) c.lse_batch.push_back(b * s.heads * s.sq);
   c.lse_head = s.sq;
   c.scale = 1.0 / std::sqrt(double(s.d));
-  c.is_causal = s.causal;
+  if (s.causal) c.right = 0;
   c.threads = threads;
   Loop forward{}, backward{};
   if (!attention_forward(c, forward) || !attention_backward(c, backward)) return {};
