@@ -259,7 +259,7 @@ bool attention_backward(const Call& c, Loop& loop) {
     head.call = &loop;
     void* scratch = thread_scratch(kernels.backward_scratch(head));
     if (by_head) {
-      for (index_t block = 0; block < blocks && !loop.cancelled; block++)
+      for (index_t block = 0; block < blocks && !is_cancelled(loop); block++)
         kernels.backward(head, block, scratch);
       return;
     }

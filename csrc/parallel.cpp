@@ -49,15 +49,14 @@ struct Job {
   std::mutex error_mutex;
   std::exception_ptr error;
 
-  bool cancelled() const { return __atomic_load_n(&loop->cancelled, __ATOMIC_RELAXED) != 0; }
-  void cancel() { __atomic_store_n(&loop->cancelled, 1, __ATOMIC_RELAXED); }
-  bool exhausted() const { return next.load(std::memory_order_relaxed) >= tasks || cancelled(); }
+  bool exhausted() const {
+    return next.load(std::memory_order_relaxed) >= tasks ||
+           __atomic_load_n(&loop->cancelled, __ATOMIC_RELAXED) != 0;
+  }
 
-  // Runs tasks until none is left; `asks`: this is the calling thread, which looks for interrupts
-  // about ten times a second.
-  void work(bool asks) {
-    auto asked = std::chrono::steady_clock::now();
-    while (!cancelled()) {
+  // Runs tasks until none is left.
+  void work() {
+    while (!is_cancelled(*loop)) {
       const index_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
       try {
@@ -65,14 +64,7 @@ struct Job {
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
-        cancel();
-      }
-      if (asks && loop->interrupted) {
-        const auto now = std::chrono::steady_clock::now();
-        if (now - asked > std::chrono::milliseconds(100)) {
-          asked = now;
-          if (loop->interrupted()) cancel();
-        }
+        __atomic_store_n(&loop->cancelled, 1, __ATOMIC_RELAXED);
       }
     }
   }
@@ -103,7 +95,7 @@ class Pool {
       wake_.notify_one();
     else
       wake_.notify_all();
-    job.work(!all_at_once);
+    job.work();
     {
       const std::lock_guard lock(mutex_);  // from here on nobody new can join
       std::erase(all_at_once ? urgent_ : jobs_, &job);
@@ -134,7 +126,7 @@ class Pool {
       job->helping.fetch_add(1, std::memory_order_relaxed);
       const unsigned epoch = epoch_.load(std::memory_order_relaxed);
       lock.unlock();
-      job->work(false);
+      job->work();
       job->helping.fetch_sub(1, std::memory_order_release);
       // The next call is often a few microseconds away; waking costs ten times that. Short enough
       // to hurt nobody.
@@ -172,7 +164,7 @@ Pool& pool() {
 void run(Job& job, int threads) {
 #ifdef FUSEDATTN_PARALLEL_OPENMP
 #pragma omp parallel num_threads(threads)
-  job.work(omp_get_thread_num() == 0);
+  job.work();
 #else
   static const bool shared = share_with_blas();
   (void)shared;
@@ -181,6 +173,17 @@ void run(Job& job, int threads) {
 }
 
 }  // namespace
+
+bool is_cancelled(Loop& loop) {
+  if (loop.interrupted && std::this_thread::get_id() == loop.caller) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - loop.asked > std::chrono::milliseconds(100)) {
+      loop.asked = now;
+      if (loop.interrupted()) __atomic_store_n(&loop.cancelled, 1, __ATOMIC_RELAXED);
+    }
+  }
+  return __atomic_load_n(&loop.cancelled, __ATOMIC_RELAXED) != 0;
+}
 
 bool parallel_for(index_t tasks, int threads, Loop& loop, void (*body)(void*, index_t),
                   void* context) {
@@ -191,11 +194,11 @@ bool parallel_for(index_t tasks, int threads, Loop& loop, void (*body)(void*, in
   job.loop = &loop;
   threads = int(std::min<index_t>(threads, tasks));
   if (threads <= 1)
-    job.work(true);
+    job.work();
   else
     run(job, threads);
   if (job.error) std::rethrow_exception(job.error);
-  return !job.cancelled();
+  return loop.cancelled == 0;
 }
 
 void run_all_at_once(int tasks, void (*body)(void*, index_t), void* context) {

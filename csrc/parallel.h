@@ -1,17 +1,25 @@
 // The one parallel loop, and how many threads it uses.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
+#include <thread>
 
 #include "kernel/task.h"
 
 namespace fusedattn {
 
-// What a running loop shares with its tasks.
+// What a running loop shares with its tasks. Made by the calling thread.
 struct Loop {
   bool (*interrupted)();  // asked now and then on the calling thread; null: never
   int cancelled = 0;      // set once interrupted or once a task has thrown
+  std::thread::id caller = std::this_thread::get_id();
+  std::chrono::steady_clock::time_point asked = std::chrono::steady_clock::now();
 };
+
+// On the calling thread, ten times a second at most, asks whether to go on; long tasks call it.
+// True if the loop is cancelled.
+bool is_cancelled(Loop& loop);
 
 // Runs body(context, task) for every task in [0, tasks) on up to `threads` threads, the calling one
 // among them. Tasks are claimed in ascending order, so a task may wait for a lower one. The first
