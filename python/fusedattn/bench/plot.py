@@ -42,7 +42,7 @@ def plot_shares(results: Sequence[Result], path: Path, *, title: str = "") -> No
         panel.set_xlabel("% of the multiply-add peak measured in the same run")
         panel.set_title(direction)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="upper right", bbox_to_anchor=(1.0, 1.12), ncols=3, frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
