@@ -6,6 +6,11 @@ products. The kernel's largest error may be FORWARD (for gradients GRADIENT) tim
 unfused one, which can be nearly 0 by luck where there are few numbers; hence a floor of FLOOR
 times the error that independent roundings of all products and logits would add up to
 (`rounding`). Tests with many numbers ask for a lower floor.
+
+For a 16-bit type the careful computation widens the input to float32, computes there, and rounds
+each result once to the type; the floor stays float32's. Its gradients start from the rounded
+output, as `attention_backward` must, which is given no other: delta = rowsum(dout * out) inherits
+that rounding. ``saved=False`` asks for the harder bound, of one that kept out in float32.
 """
 
 from collections.abc import Sequence
@@ -52,6 +57,11 @@ class Problem:
         return x.swapaxes(-2, -3) if self.layout == "bshd" else x
 
 
+def compute_type(dtype: Any) -> Any:
+    """The type that sums are kept in, and the LSE's: float32 for everything but float64."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
 def fused(p: Problem, need: Sequence[str] | None = None, **options: Any) -> dict[str, np.ndarray]:
     """Results of the kernel under test, forward and the gradients in ``need``, by default all."""
     if need is None:
@@ -67,13 +77,17 @@ def fused(p: Problem, need: Sequence[str] | None = None, **options: Any) -> dict
     return results
 
 
-def oracle(p: Problem) -> dict[str, np.ndarray]:
-    """All results, in the problem's layout; for float64, the oracle's formula in long double."""
-    real = np.float64 if p.q.dtype == np.float32 else np.longdouble
+def oracle(p: Problem, saved: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """All results, in the problem's layout; for float64, the oracle's formula in long double.
+
+    ``saved``: the output that gradients start from, in the problem's layout; by default the exact.
+    """
+    real = np.longdouble if p.q.dtype == np.float64 else np.float64
     q, k, v, dout = (p.heads_first(x.astype(real)) for x in (p.q, p.k, p.v, p.dout))
     out, lse = forward(q, k, v, Rules(**p.rules))
     dlse = np.zeros(lse.shape, real) if p.dlse is None else p.dlse.reshape(lse.shape)
-    dq, dk, dv, dbias, _ = backward(dout, q, k, v, out, lse, dlse, Rules(**p.rules))
+    kept = out if saved is None else p.heads_first(saved.astype(real))
+    dq, dk, dv, dbias, _ = backward(dout, q, k, v, kept, lse, dlse, Rules(**p.rules))
     results = {"out": out, "dq": dq, "dk": dk, "dv": dv}
     results = {n: p.heads_first(x) if p.q.ndim > 2 else x[0] for n, x in results.items()}
     results["lse"] = lse if p.q.ndim > 2 else lse[0]
@@ -110,13 +124,18 @@ def scores(p: Problem, q: np.ndarray, k: np.ndarray) -> Scores:
     return Scores(s, weights / np.where(total > 0, total, real(1)), lse[..., 0], scale, group)
 
 
-def unfused(p: Problem) -> dict[str, np.ndarray]:
-    """All results, heads first, by the textbook and in the precision of the input."""
-    q, k, v, dout = (p.heads_first(np.asarray(x)) for x in (p.q, p.k, p.v, p.dout))
+def unfused(p: Problem, saved: bool = True) -> dict[str, np.ndarray]:
+    """All results, heads first, by the textbook and in the precision of the input.
+
+    ``saved``: the gradients use the output as it was returned, rounded to the dtype of q.
+    """
+    real = compute_type(p.q.dtype)
+    q, k, v, dout = (p.heads_first(np.asarray(x, real)) for x in (p.q, p.k, p.v, p.dout))
     x = scores(p, q, k)
     hkv, k, v = k.shape[-3], np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
     out = x.p @ v
-    delta = (dout * out).sum(axis=-1, keepdims=True)
+    kept = out.astype(p.q.dtype).astype(real) if saved else out
+    delta = (dout * kept).sum(axis=-1, keepdims=True)
     if p.dlse is not None:
         delta = delta - p.dlse.reshape(delta.shape)
     ds = x.p * (dout @ _t(v) - delta)
@@ -125,7 +144,8 @@ def unfused(p: Problem) -> dict[str, np.ndarray]:
     results["dv"] = _sum_group(_t(x.p) @ dout, hkv, x.group)
     if "bias" in p.rules:
         results["dbias"] = _reduce_to(ds, np.shape(p.rules["bias"]))
-    return results
+    lse = results.pop("lse")
+    return {name: x.astype(p.q.dtype) for name, x in results.items()} | {"lse": lse}
 
 
 def rounding(p: Problem) -> dict[str, float]:
@@ -138,7 +158,7 @@ def rounding(p: Problem) -> dict[str, float]:
     q, k, v, dout = (p.heads_first(x) for x in arrays)
     x = scores(p, q, k)
     k, v = np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
-    bias = p.rules.get("bias", np.zeros(()))
+    bias = np.asarray(p.rules.get("bias", 0.0), np.float64)
     bias = np.where(np.isfinite(bias), bias, 0.0)
 
     def product2(a2: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -173,25 +193,38 @@ def rounding(p: Problem) -> dict[str, float]:
     return {name: float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
 
 
+def assert_same(got: np.ndarray, expected: np.ndarray, name: str = "") -> None:
+    """Equal, NaN to NaN, which NumPy asserts of its own types only: so 16-bit ones are widened."""
+    assert got.dtype == expected.dtype, name
+    if got.dtype.itemsize == 2:
+        got, expected = got.astype(np.float32), expected.astype(np.float32)
+    np.testing.assert_array_equal(got, expected, err_msg=name)
+
+
 def largest(x: np.ndarray) -> float:
     return float(np.max(np.abs(x), initial=0.0))
 
 
 def error(got: np.ndarray, exact: np.ndarray, name: str) -> float:
     """Largest error; the exact values decide where an infinity or a NaN must be."""
+    if got.dtype.itemsize == 2:
+        got = got.astype(np.float32)  # exact
     odd = ~np.isfinite(exact)
     np.testing.assert_array_equal(got[odd], exact[odd], err_msg=name)
     assert np.all(np.isfinite(got[~odd])), f"{name}: not finite where the oracle is"
     return largest(got[~odd] - exact[~odd])
 
 
-def assert_accurate(got: dict[str, np.ndarray], p: Problem, floor: float = FLOOR) -> None:
-    """Compare results, in the problem's layout, with what is allowed."""
-    exact, careful, natural = oracle(p), unfused(p), rounding(p)
-    eps = np.finfo(p.q.dtype).eps
+def assert_accurate(
+    got: dict[str, np.ndarray], p: Problem, floor: float = FLOOR, saved: bool = True
+) -> None:
+    """Compare results, in the problem's layout, with what is allowed; ``saved`` as in `unfused`."""
+    exact, careful, natural = oracle(p), unfused(p, saved), rounding(p)
+    real = compute_type(p.q.dtype)
+    eps = np.finfo(real).eps
     for name, result in got.items():
         assert result.shape == exact[name].shape, name
-        assert result.dtype == p.q.dtype, name
+        assert result.dtype == (real if name == "lse" else p.q.dtype), name
         factor = FORWARD if name in ("out", "lse") else GRADIENT
         place = p.heads_first if name in ("out", "dq", "dk", "dv") else np.asarray
         best = error(careful[name].reshape(place(exact[name]).shape), place(exact[name]), name)

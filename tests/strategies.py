@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 
 from tests.accuracy import Problem
 
 # Around the widths of vectors and tiles.
 LENGTHS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 127, 128, 129, 130, 197, 331)
 DIMS = (1, 2, 5, 8, 15, 16, 17, 24, 32, 40, 63, 64, 65, 80, 96, 128, 130, 256)
-DTYPES = (np.float32, np.float64)
+HALVES = (np.float16, bfloat16)
+DTYPES = (np.float32, np.float64, *HALVES)
 HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 2), (8, 1))
 MEMORY = (
     "contiguous",
