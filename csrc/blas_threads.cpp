@@ -6,9 +6,12 @@
 // serves is left alone.
 #include "blas_threads.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <mutex>
 
 #include "parallel.h"
 
@@ -26,6 +29,10 @@ using RunJob = void (*)(int thread, void* job, int data);
 using Callback = void (*)(int sync, RunJob run, int count, std::size_t size, void* jobs, int data);
 using SetCallback = void (*)(Callback);
 
+// OpenBLAS keeps one buffer for each job number, so the jobs of two calls must not overlap. A
+// forked child gets a new lock: nobody there would ever release the old one.
+std::mutex* one_call = new std::mutex;
+
 void run_jobs(int, RunJob run, int count, std::size_t size, void* jobs, int data) {
   struct Jobs {
     RunJob run;
@@ -33,6 +40,7 @@ void run_jobs(int, RunJob run, int count, std::size_t size, void* jobs, int data
     char* jobs;
     int data;
   } context{run, size, static_cast<char*>(jobs), data};
+  const std::lock_guard lock(*one_call);
   run_all_at_once(
       count,
       [](void* c, index_t i) {
@@ -70,6 +78,7 @@ bool share_with_blas() {
 #ifdef __linux__
   const char* wish = std::getenv("FUSEDATTN_SHARE_BLAS_THREADS");
   if (!wish || std::strcmp(wish, "0") != 0) dl_iterate_phdr(share_library, &found);
+  if (found) pthread_atfork(nullptr, nullptr, [] { one_call = new std::mutex; });
 #endif
   return found;
 }
