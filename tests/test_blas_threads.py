@@ -1,4 +1,4 @@
-"""NumPy's matrix products stay right when OpenBLAS computes them on the pool that attention uses."""
+"""NumPy's matrix products stay right when OpenBLAS computes them on our pool of threads."""
 
 import os
 
