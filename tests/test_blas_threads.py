@@ -85,6 +85,26 @@ check_attention()
 """
 )
 
+# OpenBLAS keeps products of one kind apart by a lock of their own, and nothing else: its scratch
+# memory belongs to a job's number, so jobs of different kinds must not run at the same time.
+KINDS = (
+    SETUP
+    + """
+a, b = factors(300)
+kinds = [(a, b), (a, b.T), (a.T, b), (a.T, b.T), (a, a.T)]
+kinds = [(x, y, exact(x, y)) for x, y in kinds]
+check_attention()
+start = threading.Barrier(len(kinds))
+def work(kind):
+    x, y, c = kind
+    start.wait()
+    return sum(not np.array_equal(x @ y, c) for _ in range(40))
+with ThreadPoolExecutor(len(kinds)) as pool:
+    wrong = list(pool.map(work, kinds))
+assert wrong == [0] * len(kinds), f"wrong products of 40, by kind: {wrong}"
+"""
+)
+
 FORK = (
     SETUP
     + """
@@ -120,7 +140,13 @@ check_attention()
 """
 )
 
-EVERY = {"alternate": ALTERNATE, "at once": AT_ONCE, "fork": FORK, "lapack": LAPACK}
+EVERY = {
+    "alternate": ALTERNATE,
+    "at once": AT_ONCE,
+    "kinds at once": KINDS,
+    "fork": FORK,
+    "lapack": LAPACK,
+}
 WAYS = {
     "shared": {},
     "not shared": {"FUSEDATTN_SHARE_BLAS_THREADS": "0"},
