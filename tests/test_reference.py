@@ -42,6 +42,8 @@ def rules_of(name) -> dict[str, Any]:
         "mask": {"mask": mask},
         "lengths": {"q_lengths": np.array([3, 0]), "kv_lengths": np.array([2, 5])},
         "segments": {"segment_ids": (rng.integers(0, 2, (B, SQ)), rng.integers(0, 2, (B, SK)))},
+        "dropout": {"dropout_p": 0.4, "seed": 7},
+        "dropout of all": {"dropout_p": 1.0, "seed": 7},
         "all": {
             "mask": mask,
             "bias": bias,
@@ -54,6 +56,9 @@ def rules_of(name) -> dict[str, Any]:
             "sinks": rng.standard_normal(H),
             "kv_lengths": np.array([4, 5]),
             "q_lengths": np.array([4, 3]),
+            "segment_ids": (np.array([[0, 0, 1, 1]] * B), np.array([[0, 0, 0, 1, 1]] * B)),
+            "dropout_p": 0.25,
+            "seed": 2**63 + 5,
         },
     }
     return cases[name]
@@ -76,6 +81,8 @@ RULES = [
     "mask",
     "lengths",
     "segments",
+    "dropout",
+    "dropout of all",
     "all",
 ]
 
@@ -185,29 +192,56 @@ def test_layouts_and_leading_dimensions_agree():
     assert [g.shape for g in grads[:3]] == [(SQ, D), (SK, D), (SK, DV)]
 
 
+def packed_rules(rng, n, sq, sk, max_sq, max_sk):
+    """Every rule for N packed sequences, and rules of sequence n alone as a batch of one."""
+    rules: dict[str, Any] = {
+        "mask": rng.random((n, 1, max_sq, max_sk)) < 0.8,
+        "bias": rng.standard_normal((n, H, 1, max_sk)),
+        "is_causal": True,
+        "q_offset": rng.integers(0, 3, n),
+        "window": (4, 1),
+        "scale": 0.8,
+        "softcap": 3.0,
+        "alibi_slopes": rng.random((n, H)),
+        "sinks": rng.standard_normal(H),
+        "q_lengths": np.maximum(sq - 1, 0),
+        "kv_lengths": np.maximum(sk - 1, 0),
+        "segment_ids": (rng.integers(0, 2, sq.sum()), rng.integers(0, 2, sk.sum())),
+        "dropout_p": 0.3,
+        "seed": 11,
+    }
+
+    def alone(m, i, j):
+        q_ids, k_ids = rules["segment_ids"]
+        own = {name: rules[name][m] for name in ("q_offset", "q_lengths", "kv_lengths")}
+        own["mask"] = rules["mask"][m][:, : sq[m], : sk[m]]
+        own["bias"] = rules["bias"][m][:, :, : sk[m]]
+        own["alibi_slopes"] = rules["alibi_slopes"][m]
+        own["segment_ids"] = q_ids[i], k_ids[j]
+        own["first_sample"] = m
+        return rules | own | {"layout": "bshd"}
+
+    return rules, alone
+
+
 def test_varlen_is_each_sequence_alone():
     rng = np.random.default_rng(2)
-    cu_q, cu_k = [0, 3, 3, 7], [0, 2, 6, 6]
-    q, k = rng.standard_normal((7, H, D)), rng.standard_normal((6, HKV, D))
-    v = rng.standard_normal((6, HKV, DV))
-    dout, dlse = rng.standard_normal((7, H, DV)), rng.standard_normal((H, 7))
-    offsets = np.array([1, 0, 2])
-    rules: dict[str, Any] = {
-        "is_causal": True,
-        "q_offset": offsets,
-        "sinks": rng.standard_normal(H),
-    }
-    need = ("k", "v", "sinks")
+    cu_q, cu_k = np.array([0, 3, 3, 8, 9]), np.array([0, 2, 6, 12, 12])
+    q, k = rng.standard_normal((9, H, D)), rng.standard_normal((12, HKV, D))
+    v = rng.standard_normal((12, HKV, DV))
+    dout, dlse = rng.standard_normal((9, H, DV)), rng.standard_normal((H, 9))
+    rules, rules_alone = packed_rules(rng, 4, np.diff(cu_q), np.diff(cu_k), 5, 6)
+    need = ("k", "v", "bias", "sinks")
     out, lse = reference.attention_varlen(q, k, v, cu_q, cu_k, return_lse=True, **rules)
     grads: Any = reference.attention_varlen_backward(
         dout, q, k, v, out, lse, cu_q, cu_k, dlse=dlse, need=need, **rules
     )
     assert grads.dq is None
-    assert grads.dbias is None
-    dsinks: Any = 0
-    for n in range(3):
+    assert np.isfinite(lse).sum() > 9
+    dbias, dsinks = np.zeros(rules["bias"].shape), np.zeros(H)
+    for n in range(4):
         i, j = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
-        alone = rules | {"q_offset": offsets[n], "layout": "bshd"}
+        alone = rules_alone(n, i, j)
         out_n, lse_n = reference.attention(q[i], k[j], v[j], return_lse=True, **alone)
         np.testing.assert_array_equal(out[i], out_n)
         np.testing.assert_array_equal(lse[:, i], lse_n)
@@ -216,8 +250,33 @@ def test_varlen_is_each_sequence_alone():
         )
         np.testing.assert_array_equal(grads.dk[j], grads_n.dk)
         np.testing.assert_array_equal(grads.dv[j], grads_n.dv)
-        dsinks = dsinks + grads_n.dsinks
+        dbias[n, :, :, : j.stop - j.start] += grads_n.dbias
+        dsinks += grads_n.dsinks
+    np.testing.assert_array_equal(grads.dbias, dbias)
     np.testing.assert_array_equal(grads.dsinks, dsinks)
+
+
+def test_packed_is_padded():
+    # The other way to say the same: a batch whose lengths are those of the sequences.
+    rng = np.random.default_rng(3)
+    lengths, kv_lengths = np.array([2, 0, 4]), np.array([5, 3, 4])
+    cu_q, cu_k = (np.concatenate([[0], np.cumsum(x)]) for x in (lengths, kv_lengths))
+    q, k = rng.standard_normal((3, 4, H, D)), rng.standard_normal((3, 5, HKV, D))
+    v = rng.standard_normal((3, 5, HKV, DV))
+    rows, keys = np.arange(4) < lengths[:, None], np.arange(5) < kv_lengths[:, None]
+    rules: dict[str, Any] = {
+        "mask": rng.random((3, 1, 4, 5)) < 0.9,
+        "bias": rng.standard_normal((1, 5)),
+        "alibi_slopes": rng.random((3, H)),
+        "q_offset": np.array([1, 2, 0]),
+        "dropout_p": 0.3,
+        "seed": 3,
+    }
+    packed = reference.attention_varlen(q[rows], k[keys], v[keys], cu_q, cu_k, **rules)
+    padded = reference.attention(
+        q, k, v, q_lengths=lengths, kv_lengths=kv_lengths, layout="bshd", **rules
+    )
+    np.testing.assert_allclose(packed, padded[rows], rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -229,7 +288,8 @@ def test_masked_slots_reach_nothing(name):
     out, lse = reference.attention(q, k, v, return_lse=True, **rules)
     grads: Any = reference.attention_backward(dout, q, k, v, out, lse, need=need, **rules)
     # The weights themselves, by the identity as values, say which pairs are allowed.
-    weights = reference.attention(q, k, np.broadcast_to(np.eye(SK), (B, HKV, SK, SK)), **rules)
+    eye = np.broadcast_to(np.eye(SK), (B, HKV, SK, SK))
+    weights = reference.attention(q, k, eye, **(rules | {"dropout_p": 0.0}))
     unseen_keys = ~(weights.reshape(B, HKV, -1, SK) > 0).any(axis=2)
     blind = np.isneginf(lse)
     for junk in (np.nan, INF):
@@ -272,11 +332,6 @@ def test_nothing_to_see():
     grads: Any = reference.attention_backward(np.ones_like(out), q, k, v, out, lse)
     assert np.all(grads.dq == 0)
     assert grads.dk.shape == k.shape
-
-
-def test_dropout_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        reference.attention([[1.0]], [[1.0]], [[1.0]], dropout_p=0.5)
 
 
 @pytest.mark.parametrize("name", ["none", "scale", "causal", "mask", "bias", "bias of every pair"])

@@ -3,9 +3,8 @@
 It is written to be read beside the formula, not to be fast: it forms the (Sq, Sk) score matrix, so
 memory is O(B H Sq Sk), and it takes anything NumPy can turn into float64. The forward steps are
 numbered; the backward quotes them in reverse. Names, arguments and layouts are those of
-``fusedattn.attention`` and its companions; results are always float64.
-
-Dropout is not part of it yet. It checks little: shapes that do not broadcast fail in NumPy.
+``fusedattn.attention`` and its companions; results are always float64. `dropout_mask` says which
+weights dropout keeps. It checks little: shapes that do not broadcast fail in NumPy.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fusedattn.reference._dropout import dropout_mask
 from fusedattn.reference._formula import Array, Rules, backward, forward
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_backward",
     "attention_vjp",
+    "dropout_mask",
 ]
 
 
@@ -160,7 +161,10 @@ def attention_varlen(
     q, k, v : (Tq, H, D), (Tk, Hkv, D), (Tk, Hkv, Dv)
     cu_seqlens_q, cu_seqlens_k : (N + 1,) ints, ascending from 0 to Tq and Tk
     **rules
-        The fields of `Rules` that mean the same for every sequence, and q_offset as (N,).
+        The fields of `Rules`, sequences in place of samples: q_offset, q_lengths and kv_lengths as
+        (N,), alibi_slopes as (H,) or (N, H), and mask and bias broadcasting to (N, H, max Sq, max
+        Sk), of which sequence n uses [n, :, :Sq_n, :Sk_n]. segment_ids are packed like the rows:
+        (T,), or a tuple of two, (Tq,) and (Tk,).
 
     Returns
     -------
@@ -189,19 +193,25 @@ def attention_varlen_backward(
     num_threads: int | None = None,
     **rules: Any,
 ) -> AttentionGradients:
-    """Gradients of `attention_varlen`; dbias is not one of them."""
+    """Gradients of `attention_varlen`; dlse is (H, Tq)."""
     dout, q, k, v, out, lse = (np.asarray(x, np.float64) for x in (dout, q, k, v, out, lse))
     dlse = np.zeros_like(lse) if dlse is None else np.asarray(dlse, np.float64)
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
-    dsinks = None if rules.get("sinks") is None else np.zeros(np.shape(rules["sinks"]))
-    for i, j, rules_n in _sequences(cu_seqlens_q, cu_seqlens_k, rules):
+    dbias, dsinks = (
+        None if rules.get(name) is None else np.zeros(np.shape(rules[name]))
+        for name in ("bias", "sinks")
+    )
+    for n, (i, j, rules_n) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k, rules)):
         rows = dout[i], q[i], k[j], v[j], out[i], lse[:, i]
         grads = attention_backward(
-            *rows, layout="bshd", dlse=dlse[:, i], need=("q", "k", "v", "sinks"), **rules_n
+            *rows, layout="bshd", dlse=dlse[:, i], need=("q", "k", "v", "bias", "sinks"), **rules_n
         )
         dq[i], dk[j], dv[j] = grads.dq, grads.dk, grads.dv
-        dsinks = dsinks if dsinks is None else dsinks + grads.dsinks
-    total = {"q": dq, "k": dk, "v": dv, "bias": None, "sinks": dsinks}
+        if dbias is not None:
+            _of_sequence(dbias, n, i, j)[...] += grads.dbias
+        if dsinks is not None:
+            dsinks += grads.dsinks
+    total = {"q": dq, "k": dk, "v": dv, "bias": dbias, "sinks": dsinks}
     return AttentionGradients(*(x if name in need else None for name, x in total.items()))
 
 
@@ -210,10 +220,33 @@ def _sequences(
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """For each sequence its slice of queries, its slice of keys, and its rules."""
     cu_q, cu_k = np.asarray(cu_q), np.asarray(cu_k)
-    offsets = np.broadcast_to(rules.get("q_offset", 0), cu_q.shape[0] - 1)
-    for n, offset in enumerate(offsets):
-        queries, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
-        yield queries, keys, {**rules, "q_offset": offset}
+    rules = {name: value for name, value in rules.items() if value is not None}
+    ids = rules.get("segment_ids")
+    q_ids, k_ids = ids if isinstance(ids, tuple) else (ids, ids)
+    for n in range(cu_q.shape[0] - 1):
+        i, j = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        own = {**rules, "first_sample": n}
+        for name in ("q_offset", "q_lengths", "kv_lengths"):
+            if np.ndim(rules.get(name, 0)):
+                own[name] = np.asarray(rules[name])[n]
+        if np.ndim(rules.get("alibi_slopes", 0)) == 2:
+            own["alibi_slopes"] = np.asarray(rules["alibi_slopes"])[n]
+        for name in rules.keys() & {"mask", "bias"}:
+            own[name] = _of_sequence(np.asarray(rules[name]), n, i, j)
+        if ids is not None:
+            own["segment_ids"] = np.asarray(q_ids)[i], np.asarray(k_ids)[j]
+        yield i, j, own
+
+
+def _of_sequence(x: Array, n: int, i: slice, j: slice) -> Array:
+    """The part [n, :, :Sq_n, :Sk_n] of what broadcasts to (N, H, max Sq, max Sk), a view."""
+    if x.ndim == 4:
+        x = x[n if x.shape[0] > 1 else 0]
+    if x.ndim > 0 and x.shape[-1] > 1:
+        x = x[..., : j.stop - j.start]
+    if x.ndim > 1 and x.shape[-2] > 1:
+        x = x[..., : i.stop - i.start, :]
+    return x
 
 
 def _heads_first(x: ArrayLike, layout: str) -> Array:

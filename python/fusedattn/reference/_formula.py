@@ -6,11 +6,14 @@ multiplied by 0, since 0 * NaN is NaN.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from fusedattn.reference._dropout import dropout_mask
 
 Array = NDArray[Any]
 
@@ -43,10 +46,15 @@ class Rules:
         A logit for each head that joins the softmax's denominator, and the LSE, and nothing else.
     q_lengths, kv_lengths : int or (B,) ints
         Queries or keys at and beyond the length are masked.
-    segment_ids : (B, S), or a pair (B, Sq), (B, Sk), of ints
+    segment_ids : (B, S), or a tuple of two, (B, Sq) and (B, Sk), of ints
         A query sees the keys of its own segment.
-    dropout_p, seed
-        Not implemented.
+    dropout_p : float
+        Probability with which a weight is dropped; kept ones are scaled by 1 / (1 - dropout_p).
+        A dropped weight is a weight of 0, not a mask. At 1 all are dropped.
+    seed : int
+        Decides which, together with the pair's place: see `dropout_mask`.
+    first_sample : int
+        Number of the first sample, for dropout; the packed form counts its sequences by it.
     """
 
     mask: ArrayLike | None = None
@@ -63,10 +71,7 @@ class Rules:
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None
     dropout_p: float = 0.0
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dropout_p:
-            raise NotImplementedError(f"dropout_p: not implemented, got {self.dropout_p!r}")
+    first_sample: int = 0
 
 
 def forward(q: Array, k: Array, v: Array, rules: Rules) -> tuple[Array, Array]:
@@ -86,7 +91,9 @@ def forward(q: Array, k: Array, v: Array, rules: Rules) -> tuple[Array, Array]:
         total = p.sum(axis=-1, keepdims=True) + np.where(seen, np.exp(sinks - top), 0.0)
         lse = (top + np.log(total))[..., 0]
         p = p / np.where(seen, total, 1.0)
-        # 7. out = p v
+        # 7. dropout
+        p = p * _kept(p.shape, rules)
+        # 8. out = p v
         return _sum_over_allowed(p, v, allowed), lse
 
 
@@ -101,9 +108,10 @@ def backward(
         s, allowed, slope = _logits(q, k, rules)
         seen = allowed.any(axis=-1)
         p = np.where(allowed, np.exp(s - np.where(seen, lse, 0.0)[..., None]), 0.0)
-        # 7. out = p v
-        dv = _sum_over_allowed(_t(p), dout, _t(allowed))
-        dp = dout @ _t(v)
+        # 8. out = p v, p the weights that 7. dropout left
+        kept = _kept(p.shape, rules)
+        dv = _sum_over_allowed(_t(p * kept), dout, _t(allowed))
+        dp = kept * (dout @ _t(v))
         # 6. softmax; d(lse)/ds = p too
         shared = np.where(seen, (dout * out).sum(axis=-1) - dlse, 0.0)
         ds = np.where(allowed, p * (dp - shared[..., None]), 0.0)
@@ -121,6 +129,16 @@ def backward(
         return dq, _sum_group(dk, hkv, group), _sum_group(dv, hkv, group), dbias, dsinks
 
 
+def _kept(shape: tuple[int, ...], rules: Rules) -> Array | float:
+    """What dropout multiplies each weight (..., H, Sq, Sk) by: 0 or 1 / (1 - dropout_p)."""
+    p = rules.dropout_p
+    if not p:
+        return 1.0
+    samples = math.prod(shape[:-3])
+    mask = dropout_mask(rules.seed, p, (samples, *shape[-3:]), first=rules.first_sample)
+    return mask.reshape(shape) / (1.0 - p if p < 1 else 1.0)
+
+
 def _logits(q: Array, k: Array, rules: Rules) -> tuple[Array, Array, Array | float]:
     """Final logits, which pairs are allowed, and d(softcapped)/d(scaled); (..., H, Sq, Sk)."""
     # 1. scale * q k^T
@@ -135,7 +153,9 @@ def _logits(q: Array, k: Array, rules: Rules) -> tuple[Array, Array, Array | flo
     i, j = np.arange(q.shape[-2])[:, None], np.arange(k.shape[-2])
     p_i = i + _per_sample(rules.q_offset, batch)
     if rules.alibi_slopes is not None:
-        s = s - np.asarray(rules.alibi_slopes, np.float64)[..., None, None] * abs(p_i - j)
+        slopes = np.asarray(rules.alibi_slopes, np.float64)
+        slopes = slopes if slopes.ndim < 2 else slopes.reshape(*batch, -1)
+        s = s - slopes[..., None, None] * abs(p_i - j)
     allowed = np.ones(s.shape, bool)
     # 4. bias, whose -inf masks
     if rules.bias is not None:
