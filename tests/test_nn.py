@@ -24,16 +24,19 @@ def cast(params, dtype):
 
 
 def example_call(name, seed, dtype):
-    """A function of (params, x) that gives the same random numbers to every call, and its start."""
+    """A function of (params, *inputs) with the same random numbers for every call, and its start.
+
+    The inputs are the leading arguments of type float, or the first one if that is of integers.
+    """
     layer, example = load(name)
-    params, (x, *rest), options = example(np.random.default_rng(seed))
-    if x.dtype.kind == "f":
-        x = x.astype(dtype)
+    params, args, options = example(np.random.default_rng(seed))
+    count = max(1, sum(a.dtype.kind == "f" for a in args))
+    inputs = [a.astype(dtype) if a.dtype.kind == "f" else a for a in args[:count]]
 
-    def call(params, x):
-        return layer(params, x, *rest, **copy.deepcopy(options))
+    def call(params, *inputs):
+        return layer(params, *inputs, *args[count:], **copy.deepcopy(options))
 
-    return call, cast(params, dtype), x
+    return call, cast(params, dtype), inputs
 
 
 def numerical_gradient(f, array, step=1e-5):
@@ -57,13 +60,13 @@ def test_layers_are_found():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_match_finite_differences(name, seed):
-    call, params, x = example_call(name, seed, np.float64)
-    y, vjp = call(params, x)
+    call, params, inputs = example_call(name, seed, np.float64)
+    y, vjp = call(params, *inputs)
     dy = np.random.default_rng(7).standard_normal(y.shape)
-    dparams, dx = vjp(dy)
+    dparams, *dinputs = vjp(dy)
 
     def objective():
-        return float(np.vdot(call(params, x)[0], dy))
+        return float(np.vdot(call(params, *inputs)[0], dy))
 
     assert set(flatten(dparams)) == set(flatten(params))
     for key, p in flatten(params).items():
@@ -71,33 +74,34 @@ def test_gradients_match_finite_differences(name, seed):
         np.testing.assert_allclose(
             flatten(dparams)[key], numerical, rtol=1e-6, atol=1e-8, err_msg=key
         )
-    if x.dtype.kind == "f":
-        np.testing.assert_allclose(dx, numerical_gradient(objective, x), rtol=1e-6, atol=1e-8)
+    for x, dx in zip(inputs, dinputs, strict=True):
+        numerical = numerical_gradient(objective, x) if x.dtype.kind == "f" else np.empty(0)
+        np.testing.assert_allclose(dx, numerical, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_dtype_of_the_input_is_kept(name, dtype):
-    call, params, x = example_call(name, 0, dtype)
-    y, vjp = call(params, x)
-    dparams, dx = vjp(np.ones_like(y))
+    call, params, inputs = example_call(name, 0, dtype)
+    y, vjp = call(params, *inputs)
+    dparams, *dinputs = vjp(np.ones_like(y))
     assert y.dtype == dtype
-    assert dx.dtype == dtype
+    assert {dx.dtype for dx in dinputs} == {np.dtype(dtype)}
     assert {g.dtype for g in flatten(dparams).values()} <= {np.dtype(dtype)}
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_nothing_given_is_changed_and_vjp_can_be_called_again(name):
-    call, params, x = example_call(name, 0, np.float32)
-    before = copy.deepcopy((params, x))
-    y, vjp = call(params, x)
+    call, params, inputs = example_call(name, 0, np.float32)
+    before = copy.deepcopy((params, inputs))
+    y, vjp = call(params, *inputs)
     y_before = y.copy()
     dy = np.random.default_rng(7).standard_normal(y.shape).astype(np.float32)
     dy_before = dy.copy()
     first, second = vjp(dy), vjp(dy)
     np.testing.assert_array_equal(y, y_before)
     np.testing.assert_array_equal(dy, dy_before)
-    np.testing.assert_equal((params, x), before)
+    np.testing.assert_equal((params, inputs), before)
     np.testing.assert_equal(first, second)
 
 
@@ -183,9 +187,57 @@ def test_self_attention_against_the_oracle():
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_mean_pool_of_an_empty_sequence_is_zero():
-    y, _ = nn.mean_pool({}, np.ones((2, 3), np.float32), np.array([0, 0, 2, 2]))
+@pytest.mark.parametrize("pooling", nn.POOLINGS)
+def test_pooled_empty_sequence_is_zero(pooling):
+    y, vjp = nn.POOLINGS[pooling]({}, np.ones((2, 3), np.float32), np.array([0, 0, 2, 2]))
     np.testing.assert_array_equal(y, [[0, 0, 0], [1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(vjp(np.ones_like(y))[1].sum(axis=0), [1, 1, 1])
+
+
+def test_poolings():
+    x = np.array([[1.0, 5.0], [3.0, 2.0], [7.0, np.nan], [8.0, 0.0]])
+    cu_seqlens = np.array([0, 2, 4])
+    np.testing.assert_array_equal(nn.mean_pool({}, x, cu_seqlens)[0], [[2, 3.5], [7.5, np.nan]])
+    np.testing.assert_array_equal(nn.cls_pool({}, x, cu_seqlens)[0], [[1, 5], [7, np.nan]])
+    np.testing.assert_array_equal(nn.max_pool({}, x, cu_seqlens)[0], [[3, 5], [8, np.nan]])
+
+
+def test_cross_attention_of_a_batch_with_itself_is_self_attention():
+    rng = np.random.default_rng(0)
+    params = cast(nn.init_self_attention(rng, 6, std=0.5), np.float64)
+    halves = {name: np.split(a, [6]) for name, a in params["qkv"].items()}
+    q, kv = ({name: parts[i] for name, parts in halves.items()} for i in (0, 1))
+    x, cu_seqlens = rng.standard_normal((7, 6)), np.array([0, 3, 7])
+    expected, _ = nn.self_attention(params, x, cu_seqlens, 2)
+    crossing = {"q": q, "kv": kv, "out": params["out"]}
+    y, _ = nn.cross_attention(crossing, x, x, cu_seqlens, cu_seqlens, 2)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_masked_lm_head_of_chosen_rows_is_that_of_all():
+    rng = np.random.default_rng(0)
+    params = nn.init_masked_lm_head(rng, 8, 11, std=0.5)
+    params["bias"] = rng.standard_normal(11).astype(np.float32)
+    x, weight = (rng.standard_normal((n, 8), dtype=np.float32) for n in (6, 11))
+    rows = np.array([4, 1])
+    every, every_vjp = nn.masked_lm_head(params, x, weight)
+    some, some_vjp = nn.masked_lm_head(params, x, weight, rows)
+    np.testing.assert_allclose(some, every[rows], rtol=1e-5, atol=1e-6)
+    dy = np.zeros_like(every)
+    dy[rows] = rng.standard_normal((2, 11))
+    for ours, whole in zip(some_vjp(dy[rows])[1:], every_vjp(dy)[1:], strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_token_embedding_counts_positions_in_each_sequence():
+    rng = np.random.default_rng(0)
+    params = nn.init_token_embedding(rng, 9, 6, 2, 4, std=1.0)
+    ids, cu_seqlens, types = np.array([3, 8, 3, 1]), np.array([0, 3, 3, 4]), np.array([0, 1, 1, 0])
+    y, _ = nn.token_embedding(params, ids, cu_seqlens, types=types, first_position=2)
+    rows = zip(ids, [2, 3, 4, 2], types, strict=True)
+    tables = [params[name]["weight"] for name in ("word", "position", "type")]
+    total = np.array([sum(t[i] for t, i in zip(tables, row, strict=True)) for row in rows])
+    np.testing.assert_allclose(y, nn.layer_norm(params["norm"], total)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_activation():

@@ -3,6 +3,8 @@
 Parameters are plain nested dicts of arrays. A layer holds no state, changes neither its parameters
 nor its inputs, and computes in the dtype of its input (float32 to use it, float64 to check it).
 
+A layer of two inputs, `cross_attention` say, gives the gradients of both: ``dparams, dx, dmemory``.
+
 A batch is packed: its tokens lie end to end in x (T, width), and ``cu_seqlens`` (N + 1,) says where
 each of the N sequences begins and ends. No layer ever sees padding.
 
@@ -11,7 +13,9 @@ tests find it and check its gradients.
 """
 
 from fusedattn.nn._tree import flatten, leaves, unflatten
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, VJP2, Array, Params, Rng
+from fusedattn.nn.cls_pool import cls_pool
+from fusedattn.nn.cross_attention import cross_attention, init_cross_attention
 from fusedattn.nn.dropout import dropout
 from fusedattn.nn.embedding import embedding, init_embedding
 from fusedattn.nn.encoder_block import encoder_block, init_encoder_block
@@ -20,16 +24,26 @@ from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
 from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
 from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.masked_lm_head import init_masked_lm_head, masked_lm_head
+from fusedattn.nn.max_pool import max_pool
 from fusedattn.nn.mean_pool import mean_pool
 from fusedattn.nn.relu import relu
 from fusedattn.nn.self_attention import init_self_attention, self_attention
+from fusedattn.nn.token_embedding import init_token_embedding, token_embedding
+
+# By the names that a configuration gives them.
+POOLINGS = {"mean": mean_pool, "cls": cls_pool, "max": max_pool}
 
 __all__ = [
     "ACTIVATIONS",
+    "POOLINGS",
     "VJP",
+    "VJP2",
     "Array",
     "Params",
     "Rng",
+    "cls_pool",
+    "cross_attention",
     "dropout",
     "embedding",
     "encoder_block",
@@ -37,17 +51,23 @@ __all__ = [
     "flatten",
     "gelu",
     "gelu_tanh",
+    "init_cross_attention",
     "init_embedding",
     "init_encoder_block",
     "init_feed_forward",
     "init_layer_norm",
     "init_linear",
+    "init_masked_lm_head",
     "init_self_attention",
+    "init_token_embedding",
     "layer_norm",
     "leaves",
     "linear",
+    "masked_lm_head",
+    "max_pool",
     "mean_pool",
     "relu",
     "self_attention",
+    "token_embedding",
     "unflatten",
 ]

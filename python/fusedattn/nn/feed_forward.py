@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fusedattn.nn._types import VJP, Array, Params, Rng
 from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
@@ -15,6 +17,13 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
 }
+
+
+def activation_of(name: str) -> Callable[[Params, Array], tuple[Array, VJP]]:
+    """The layer of that name among `ACTIVATIONS`, or a ValueError."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
 
 
 def init_feed_forward(rng: Rng, width: int, inner: int, std: float = 0.02) -> Params:
@@ -39,10 +48,8 @@ def feed_forward(params: Params, x: Array, activation: str = "gelu") -> tuple[Ar
     vjp : callable
         dy (T, width) -> (dparams, dx).
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
     h, up_vjp = linear(params["up"], x)
-    a, activation_vjp = ACTIVATIONS[activation]({}, h)
+    a, activation_vjp = activation_of(activation)({}, h)
     y, down_vjp = linear(params["down"], a)
 
     def vjp(dy: Array) -> tuple[Params, Array]:

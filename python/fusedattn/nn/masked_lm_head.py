@@ -1,0 +1,77 @@
+"""BERT's masked-language-model head (arXiv:1810.04805), tied to the word embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusedattn.nn._types import VJP2, Array, Params, Rng
+from fusedattn.nn.feed_forward import activation_of
+from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
+from fusedattn.nn.linear import init_linear, linear
+
+
+def init_masked_lm_head(rng: Rng, width: int, vocab_size: int, std: float = 0.02) -> Params:
+    """A linear layer ``dense`` and a layer norm ``norm`` of `width`, and ``bias`` (vocab_size,)."""
+    return {
+        "dense": init_linear(rng, width, width, std),
+        "norm": init_layer_norm(width),
+        "bias": np.zeros(vocab_size, np.float32),
+    }
+
+
+def masked_lm_head(
+    params: Params,
+    x: Array,
+    weight: Array,
+    rows: Array | None = None,
+    *,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+) -> tuple[Array, VJP2]:
+    """norm(activation(dense(x))) weightᵀ + bias, for the chosen rows alone.
+
+    Sharing the matrix between input and output is due to Press and Wolf (arXiv:1608.05859).
+
+    Parameters
+    ----------
+    params : dict
+        As from `init_masked_lm_head`.
+    x : array (T, width)
+    weight : array (vocab_size, width)
+        The word embedding.
+    rows : int array (M,), optional
+        Which rows of `x` to predict, each at most once; by default all. In pre-training they are
+        the masked 15 %, and the others cost nothing.
+    activation, eps
+        A key of `fusedattn.nn.ACTIVATIONS`, and of the layer norm.
+
+    Returns
+    -------
+    logits : array (M, vocab_size)
+    vjp : callable
+        dlogits (M, vocab_size) -> (dparams, dx, dweight).
+    """
+    act = activation_of(activation)
+    h, dense_vjp = linear(params["dense"], x if rows is None else x[rows])
+    a, act_vjp = act({}, h)
+    n, norm_vjp = layer_norm(params["norm"], a, eps)
+    logits, product_vjp = linear({"weight": weight, "bias": params["bias"]}, n)
+
+    def vjp(dlogits: Array) -> tuple[Params, Array, Array]:
+        dproduct, dn = product_vjp(dlogits)
+        dnorm, da = norm_vjp(dn)
+        ddense, dx = dense_vjp(act_vjp(da)[1])
+        if rows is not None:
+            dchosen, dx = dx, np.zeros(x.shape, dx.dtype)
+            dx[rows] = dchosen
+        dparams = {"dense": ddense, "norm": dnorm, "bias": dproduct["bias"]}
+        return dparams, dx, dproduct["weight"]
+
+    return logits, vjp
+
+
+def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
+    """Parameters and arguments of one small call, for the gradient check."""
+    params = init_masked_lm_head(rng, 4, 7, std=1.0)
+    args = (rng.standard_normal((5, 4)), rng.standard_normal((7, 4)), np.array([3, 0, 4]))
+    return params, args, {"eps": 1e-5}

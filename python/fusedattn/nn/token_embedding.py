@@ -1,0 +1,87 @@
+"""BERT's input layer (arXiv:1810.04805): word, position and type, normalised."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn.dropout import dropout
+from fusedattn.nn.embedding import embedding, init_embedding
+from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
+
+
+def init_token_embedding(
+    rng: Rng, vocab_size: int, positions: int, types: int, width: int, std: float = 0.02
+) -> Params:
+    """Tables ``word``, ``position`` and, unless `types` is 0, ``type``, and a layer ``norm``."""
+    params = {
+        "word": init_embedding(rng, vocab_size, width, std),
+        "position": init_embedding(rng, positions, width, std),
+    }
+    if types:
+        params["type"] = init_embedding(rng, types, width, std)
+    return params | {"norm": init_layer_norm(width)}
+
+
+def token_embedding(
+    params: Params,
+    ids: Array,
+    cu_seqlens: Array,
+    *,
+    types: Array | None = None,
+    first_position: int = 0,
+    eps: float = 1e-12,
+    p: float = 0.0,
+    rng: Rng | None = None,
+) -> tuple[Array, VJP]:
+    """dropout(norm(word[id] + position[place in the sequence] + type[type])).
+
+    Parameters
+    ----------
+    params : dict
+        As from `init_token_embedding`; without ``type`` there are no types (DistilBERT).
+    ids : int array (T,)
+        Token ids, sequences end to end.
+    cu_seqlens : int array (N + 1,)
+        Sequence n is ids[cu_seqlens[n]:cu_seqlens[n + 1]].
+    types : int array (T,), optional
+        By default all 0.
+    first_position : int, default 0
+        The row of ``position`` that a sequence begins with; RoBERTa's is 2.
+    eps, p, rng
+        Of the layer norm; dropout's probability and source, no dropout without `rng`.
+
+    Returns
+    -------
+    y : array (T, width)
+    vjp : callable
+        dy (T, width) -> (dparams, dx), dx an empty array: integers have no gradient.
+    """
+    lengths = np.diff(cu_seqlens)
+    places = np.arange(first_position, first_position + len(ids))
+    places -= np.repeat(cu_seqlens[:-1], lengths)
+    chosen = {"word": ids, "position": places}
+    if "type" in params:
+        chosen["type"] = np.zeros(len(ids), np.int64) if types is None else types
+
+    vjps = {}
+    total, vjps["word"] = embedding(params["word"], ids)
+    for name in list(chosen)[1:]:
+        x, vjps[name] = embedding(params[name], chosen[name])
+        total += x
+    y, norm_vjp = layer_norm(params["norm"], total, eps)
+    y, drop_vjp = dropout({}, y, p, rng)
+
+    def vjp(dy: Array) -> tuple[Params, Array]:
+        dnorm, dx = norm_vjp(drop_vjp(dy)[1])
+        grads = {name: table_vjp(dx)[0] for name, table_vjp in vjps.items()}
+        return grads | {"norm": dnorm}, np.empty((0,), dx.dtype)
+
+    return y, vjp
+
+
+def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
+    """Parameters and arguments of one small call, for the gradient check."""
+    params = init_token_embedding(rng, 5, 5, int(rng.integers(3)), 3, std=1.0)
+    options = {"first_position": 2, "eps": 1e-5, "p": 0.2, "rng": rng}
+    return params, (np.array([4, 0, 4, 1, 4]), np.array([0, 2, 2, 5])), options
