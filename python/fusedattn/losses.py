@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,53 +10,133 @@ from fusedattn.nn import Array
 
 
 def cross_entropy(
-    logits: Array, labels: Array, label_smoothing: float = 0.0
+    logits: Array,
+    labels: Array,
+    label_smoothing: float = 0.0,
+    class_weights: Array | Sequence[float] | None = None,
+    ignore_index: int = -100,
 ) -> tuple[float, Callable[[float], Array]]:
-    """Mean over the rows of -sum_c t_c log softmax(logits)_c, in nats.
+    """Weighted mean over the rows of -sum_c w_c t_c log softmax(logits)_c, in nats.
 
     The target t is one at the label, or with label smoothing s (arXiv:1512.00567) (1 - s) at the
-    label plus s / C everywhere.
+    label plus s / C everywhere. The sum over the rows is divided by the sum of the weights of their
+    labels, as PyTorch does.
 
     Parameters
     ----------
     logits : array (N, C)
     labels : int array (N,)
-        Each in [0, C).
+        Each in [0, C), or `ignore_index`.
     label_smoothing : float, default 0
         In [0, 1).
+    class_weights : array (C,), optional
+        Not negative; by default all 1.
+    ignore_index : int, default -100
+        Rows with this label count for nothing.
 
     Returns
     -------
     loss : float
+        0 if no row counts.
     vjp : callable
         The loss's own gradient, a float -> dlogits (N, C).
 
     Raises
     ------
     ValueError
-        For labels of another shape or outside [0, C), or a smoothing outside [0, 1).
+        For labels of another shape or outside [0, C), weights of another shape or below 0, or a
+        smoothing outside [0, 1).
     """
     count, classes = logits.shape
     if labels.shape != (count,):
         raise ValueError(f"labels: expected shape ({count},), got {labels.shape}")
-    if count and not (labels.min() >= 0 and labels.max() < classes):
-        raise ValueError(
-            f"labels: expected values in [0, {classes}), got {labels.min()} to {labels.max()}"
-        )
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
-    rows = np.arange(count)
-    log_p = logits - logits.max(axis=1, keepdims=True)
+    rows = np.flatnonzero(labels != ignore_index)
+    chosen = labels[rows]
+    if len(rows) and not (chosen.min() >= 0 and chosen.max() < classes):
+        raise ValueError(
+            f"labels: expected values in [0, {classes}), got {chosen.min()} to {chosen.max()}"
+        )
+    weights = _checked(class_weights, classes, logits.dtype)
+    log_p = logits - logits.max(axis=1, keepdims=True, initial=np.finfo(logits.dtype).min)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    nll = -log_p[rows, labels].mean(dtype=np.float64)
-    loss = (1.0 - label_smoothing) * nll - label_smoothing * log_p.mean(dtype=np.float64)
+
+    # The loss is the sum over the rows of a log_p[label] + b sum_c w_c log_p_c.
+    total = float(weights[chosen].sum(dtype=np.float64))
+    scale = 1.0 / total if total else 0.0
+    a = (label_smoothing - 1.0) * scale
+    b = -label_smoothing / max(1, classes) * scale
+    picked = log_p[rows, chosen] * weights[chosen]
+    loss = a * float(picked.sum(dtype=np.float64))
+    if label_smoothing:
+        loss += b * float((log_p[rows] @ weights).sum(dtype=np.float64))
 
     def vjp(dloss: float) -> Array:
-        # dlogits = (softmax - t) / N
+        # d log_p_c / d logits = onehot_c - softmax
+        share = np.zeros((count, 1), logits.dtype)
+        share[rows, 0] = a * weights[chosen]
+        if label_smoothing:
+            share[rows] += b * weights.sum()
         d: Array = np.exp(log_p)
-        d -= label_smoothing / classes
-        d[rows, labels] -= 1.0 - label_smoothing
-        d *= dloss / count
+        d *= -share
+        if label_smoothing:
+            d[rows] += b * weights
+        d[rows, chosen] += a * weights[chosen]
+        d *= dloss
         return d
 
-    return float(loss), vjp
+    return loss, vjp
+
+
+def _checked(class_weights: Array | Sequence[float] | None, classes: int, dtype: object) -> Array:
+    if class_weights is None:
+        return np.ones(classes, dtype)  # type: ignore[call-overload, no-any-return]
+    weights: Array = np.asarray(class_weights, dtype)  # type: ignore[call-overload]
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights: expected shape ({classes},), got {weights.shape}")
+    if not (weights >= 0).all():
+        raise ValueError(f"class_weights: expected values of at least 0, got {weights.min()}")
+    return weights
+
+
+def binary_cross_entropy(logits: Array, labels: Array) -> tuple[float, Callable[[float], Array]]:
+    """Mean of -t log sigmoid(z) - (1 - t) log(1 - sigmoid(z)), in nats.
+
+    Computed as max(z, 0) - z t + log(1 + exp(-|z|)), which overflows nowhere.
+
+    Parameters
+    ----------
+    logits : array (N,) or (N, C)
+        z, one for each question answered yes or no.
+    labels : array of the same shape, or (N,) for logits (N, 1)
+        t, in [0, 1].
+
+    Returns
+    -------
+    loss : float
+        0 if there are none.
+    vjp : callable
+        The loss's own gradient, a float -> dlogits, shaped like `logits`.
+
+    Raises
+    ------
+    ValueError
+        For labels of another shape or outside [0, 1].
+    """
+    if labels.shape != logits.shape and (*labels.shape, 1) != logits.shape:
+        raise ValueError(f"labels: expected shape {logits.shape}, got {labels.shape}")
+    t = labels.reshape(logits.shape).astype(logits.dtype)
+    if t.size and not (t.min() >= 0 and t.max() <= 1):
+        raise ValueError(f"labels: expected values in [0, 1], got {t.min()} to {t.max()}")
+    small = np.exp(-np.abs(logits))
+    each = np.maximum(logits, 0) - logits * t + np.log1p(small)
+    scale = 1.0 / max(1, logits.size)
+
+    def vjp(dloss: float) -> Array:
+        d: Array = np.where(logits >= 0, 1.0, small) / (1.0 + small)  # sigmoid
+        d -= t
+        d *= dloss * scale
+        return d
+
+    return float(each.sum(dtype=np.float64)) * scale, vjp

@@ -34,13 +34,16 @@ class AdamW:
     weight_decay : float, default 0.01
     decays : callable, default `decay_matrices`
         (dotted name, array) -> whether the weight decay applies to it.
+    rates : callable, optional
+        dotted name -> what the learning rate is multiplied by for that parameter: smaller in lower
+        layers, say, or 0 to freeze it. A frozen parameter needs no gradient and has no moments.
 
     Attributes
     ----------
     steps : int
         How many steps have been taken.
     m, v : dict
-        The two moments, arrays by dotted name.
+        The two moments, arrays by dotted name. With `steps` they are all that a resumed run needs.
     """
 
     def __init__(
@@ -51,15 +54,18 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         decays: Callable[[str, Array], bool] = decay_matrices,
+        rates: Callable[[str], float] | None = None,
     ) -> None:
         self.params = params
         self.betas, self.eps = betas, eps
+        self.rates = {n: 1.0 if rates is None else float(rates(n)) for n, _ in leaves(params)}
         self.decay = {n: weight_decay if decays(n, p) else 0.0 for n, p in leaves(params)}
         for name, p in leaves(params):
             if not p.flags.c_contiguous:
                 raise ValueError(f"params: expected C-contiguous arrays, {name} is not")
-        self.m = {name: np.zeros_like(p) for name, p in leaves(params)}
-        self.v = {name: np.zeros_like(p) for name, p in leaves(params)}
+        moving = {name: p for name, p in leaves(params) if self.rates[name] != 0.0}
+        self.m = {name: np.zeros_like(p) for name, p in moving.items()}
+        self.v = {name: np.zeros_like(p) for name, p in moving.items()}
         self.steps = 0
 
     def step(self, grads: Params, learning_rate: float, scale: float = 1.0) -> None:
@@ -76,7 +82,9 @@ class AdamW:
         self.steps += 1
         gradients = dict(leaves(grads))
         for name, p in leaves(self.params):
-            self._update(name, p, gradients[name], learning_rate, scale)
+            if name in self.m:
+                rate = learning_rate * self.rates[name]
+                self._update(name, p, gradients[name], rate, scale)
 
     def _update(self, name: str, p: Array, g: Array, learning_rate: float, scale: float) -> None:
         b1, b2 = self.betas
