@@ -14,6 +14,7 @@ from fusedattn._attention import (
 )
 from fusedattn._core import __version__
 from fusedattn._faces import scaled_dot_product_attention
+from fusedattn._states import merge_attention_states, merge_attention_states_backward
 
 __all__ = [
     "AttentionGradients",
@@ -25,6 +26,8 @@ __all__ = [
     "attention_vjp",
     "cpu_info",
     "get_num_threads",
+    "merge_attention_states",
+    "merge_attention_states_backward",
     "reference",
     "scaled_dot_product_attention",
     "set_num_threads",
