@@ -2,6 +2,14 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,8 +17,19 @@ import pytest
 from fusedattn.encoder import Encoder, EncoderConfig, TextClassifier
 from fusedattn.losses import cross_entropy
 from fusedattn.metrics import accuracy, macro_f1
+from fusedattn.nn import flatten, leaves
 from fusedattn.text import Dataset
-from fusedattn.train import Trainer, TrainingConfig, evaluate
+from fusedattn.train import (
+    CHECKPOINT,
+    Trainer,
+    TrainingConfig,
+    evaluate,
+    layer_rates,
+    plot_history,
+    read_history,
+)
+from fusedattn.train.files import write_checkpoint
+from fusedattn.train.state import hold_interrupts
 
 pytest.importorskip("tqdm", reason="training needs tqdm")
 
@@ -36,12 +55,12 @@ def first_token_data(count=60, seed=0):
 
 def fit(seed=0, validation=None, model=None, **options):
     settings = {"epochs": 12, "learning_rate": 0.01, "max_sentences": 10, "seed": seed}
-    places = {key: options.pop(key) for key in ("out_dir", "augment", "loss") if key in options}
+    kept = ("out_dir", "augment", "loss", "show_progress_bar")
+    places = {key: options.pop(key) for key in kept if key in options}
     model = model or TextClassifier(Encoder(CONFIG, seed=seed), ["a", "b", "c"], seed=seed)
-    trainer = Trainer(
-        model, TrainingConfig(**{**settings, **options}), show_progress_bar=False, **places
-    )
-    return model, trainer.fit(first_token_data(), validation)
+    resume = options.pop("resume", False)
+    trainer = Trainer(model, TrainingConfig(**{**settings, **options}), **places)
+    return model, trainer.fit(first_token_data(), validation, resume=resume)
 
 
 def test_training_learns_what_needs_attention():
@@ -71,7 +90,7 @@ def test_best_epoch_is_kept(tmp_path):
     assert evaluate(model, validation)["accuracy"] == max(scores)
     lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == result.history
-    expected = {"epoch", "train_loss", "tokens_per_second", "loss", "accuracy", "macro_f1"}
+    expected = {"epoch", "step", "train_loss", "tokens_per_second", "loss", "accuracy", "macro_f1"}
     assert set(result.history[0]) == expected
 
 
@@ -109,9 +128,248 @@ def test_loss_can_be_replaced():
     assert sum(calls) == 60
 
 
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match=r"^schedule: expected one of .*, got 'step'"):
-        fit(schedule="step")
+class Killed(Exception):
+    """Stands for a process that ends without a word."""
+
+
+def killed_after(batches):
+    """An `augment` that lets so many batches pass."""
+    left = iter(range(batches))
+
+    def augment(batch, rng):
+        if next(left, None) is None:
+            raise Killed
+        return batch
+
+    return augment
+
+
+def untimed(history):
+    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in history]
+
+
+@pytest.mark.parametrize("batches", [0, 3, 6, 7, 12, 13, 25])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "evaluate_every": 2}], ids=str)
+def test_resumed_training_has_the_same_bits(tmp_path, batches, options):
+    """6 batches an epoch; a checkpoint after each step."""
+    options = {
+        "epochs": 4,
+        "validation": first_token_data(count=20, seed=9),
+        "checkpoint_seconds": 0,
+        "learning_rate": 0.03,
+        **options,
+    }
+    whole, expected = fit(**options, out_dir=tmp_path / "whole")
+    if batches < 24:
+        with pytest.raises(Killed):
+            fit(**options, out_dir=tmp_path / "halves", augment=killed_after(batches))
+    else:
+        fit(**options, out_dir=tmp_path / "halves")
+    model, result = fit(**options, out_dir=tmp_path / "halves", resume=True)
+    np.testing.assert_equal(model.params, whole.params)
+    assert untimed(result.history) == untimed(expected.history)
+    assert result.best_epoch == expected.best_epoch
+    assert untimed(read_history(tmp_path / "halves")) == untimed(expected.history)
+
+
+SCRIPT = """
+import sys
+from tests.test_train import fit, first_token_data
+def augment(batch, rng):
+    print("batch", flush=True)
+    return batch
+fit(epochs=5, validation=first_token_data(count=20, seed=9), checkpoint_seconds=0,
+    augment=augment, out_dir=sys.argv[1], resume=True)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_killed_training_resumes_with_the_same_bits(tmp_path):
+    """30 batches, killed after a few and a random while, again and again."""
+    root = Path(__file__).resolve().parents[1]
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(12):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")]
+        with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(12):
+                line = process.stdout.readline()
+                assert line in {"batch\n", "done\n"}
+                if line == "done\n":
+                    break
+            else:
+                time.sleep(rng.uniform(0, 0.01))
+                process.kill()
+                kills += 1
+        if line == "done\n":
+            break
+    assert line == "done\n"
+    assert kills >= 2
+    options = {"epochs": 5, "validation": first_token_data(count=20, seed=9)}
+    whole, expected = fit(**options, out_dir=tmp_path / "whole")
+    model, result = fit(**options, out_dir=tmp_path / "killed", resume=True)  # finished: only reads
+    np.testing.assert_equal(model.params, whole.params)
+    assert untimed(result.history) == untimed(expected.history)
+    assert untimed(read_history(tmp_path / "killed")) == untimed(expected.history)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    fit(epochs=1, out_dir=tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(tmp_path, {"x": np.zeros(3)}, {})
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_resume_refuses_another_training(tmp_path):
+    fit(epochs=1, out_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"^out_dir: expected .* of another: epochs 1, here 2"):
+        fit(epochs=2, out_dir=tmp_path, resume=True)
+    _, result = fit(epochs=2, out_dir=tmp_path)  # without resume it begins anew
+    assert len(result.history) == 2
+
+
+def test_ctrl_c_saves(tmp_path):
+    """The signal comes as the kernel runs; no update is left half done."""
+
+    def press(batch, rng):
+        pressed.append(len(batch))
+        if len(pressed) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    pressed = []
+    _, result = fit(epochs=3, augment=press, out_dir=tmp_path)
+    assert result.interrupted
+    assert (tmp_path / CHECKPOINT).exists()
+    model, result = fit(epochs=3, out_dir=tmp_path, resume=True)
+    assert not result.interrupted
+    np.testing.assert_equal(model.params, fit(epochs=3)[0].params)
+
+
+def test_an_interrupt_waits_for_the_update():
+    done = []
+
+    @hold_interrupts()
+    def update():
+        signal.raise_signal(signal.SIGINT)
+        done.append("update")
+
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    assert done == ["update"]
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Without dropout; up to the order of sums."""
+    encoder = replace(CONFIG, hidden_dropout_prob=0.0)
+    models = []
+    for settings in ({"max_sentences": 20}, {"max_sentences": 5, "accumulate": 4}):
+        model = TextClassifier(Encoder(encoder, seed=1), ["a", "b", "c"], seed=1)
+        fit(model=model, epochs=1, max_grad_norm=0.5, **settings)
+        models.append(flatten(model.params))
+    for name, p in models[0].items():
+        np.testing.assert_allclose(p, models[1][name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_evaluation_every_few_steps_and_early_stopping():
+    validation = first_token_data(count=30, seed=9)
+    _, result = fit(epochs=2, validation=validation, evaluate_every=4)
+    assert [entry["step"] for entry in result.history] == [4, 8, 12]
+    assert [entry["epoch"] for entry in result.history] == [0.667, 1.333, 2]
+    _, result = fit(epochs=60, validation=validation, learning_rate=0.05, patience=3)
+    scores = [entry["accuracy"] for entry in result.history]
+    assert len(scores) < 60
+    assert max(scores) == scores[-4]
+    assert result.best_epoch == len(scores) - 3
+
+
+def test_monitored_loss_is_to_be_small():
+    validation = first_token_data(count=30, seed=9)
+    _, result = fit(validation=validation, learning_rate=0.05, monitor="loss")
+    losses = [entry["loss"] for entry in result.history]
+    assert result.best_epoch == 1 + losses.index(min(losses))
+    with pytest.raises(ValueError, match=r"^monitor: expected one of .*'accuracy'.*, got 'f1'"):
+        fit(epochs=1, validation=validation, monitor="f1")
+
+
+def test_frozen_and_slow_layers():
+    names = [name for name, _ in leaves(TextClassifier(Encoder(CONFIG), ["a", "b"]).params)]
+    rates = layer_rates(names, ["encoder.embeddings"], 0.5)
+    by_layer = {
+        "classifier.weight": 1.0,
+        "encoder.blocks.1.attention.qkv.weight": 0.5,
+        "encoder.blocks.0.attention.qkv.weight": 0.25,
+        "encoder.embeddings.word.weight": 0.0,
+    }
+    assert {name: rates[name] for name in by_layer} == by_layer
+    assert layer_rates(names, (), 0.5)["encoder.embeddings.word.weight"] == 0.125
+    with pytest.raises(ValueError, match=r"^freeze: .*, got 'decoder'"):
+        layer_rates(names, ["decoder"])
+
+    start = TextClassifier(Encoder(CONFIG, seed=0), ["a", "b", "c"], seed=0)
+    model, _ = fit(epochs=1, freeze=("encoder.",))
+    for name, p in leaves(model.params):
+        same = np.array_equal(p, flatten(start.params)[name])
+        assert same == name.startswith("encoder."), name
+
+
+def test_balanced_class_weights():
+    """A label of a class nine times as rare counts nine times as much."""
+    seen = []
+
+    def spy(logits, labels, smoothing, weights):
+        seen.append(weights)
+        return cross_entropy(logits, labels, smoothing, weights)
+
+    data = Dataset([np.array([1], np.int32)] * 10, np.array([0] * 9 + [1]))
+    model = TextClassifier(Encoder(CONFIG), ["a", "b"])
+    with mock.patch("fusedattn.train.trainer.cross_entropy", spy):
+        Trainer(model, TrainingConfig(epochs=1, class_weights="balanced")).fit(data)
+    np.testing.assert_allclose(seen[0], [10 / 18, 5])
+
+
+def test_a_loss_that_is_not_a_number_ends_the_training():
+    with pytest.raises(FloatingPointError, match=r"^loss: expected a finite number, got nan at"):
+        fit(epochs=1, loss=lambda logits, labels: (math.nan, lambda d: d * logits))
+
+
+def test_progress_bar_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    validation = first_token_data(count=30, seed=9)
+    _, result = fit(epochs=2, validation=validation, show_progress_bar=True)
+    shown = capsys.readouterr().err
+    assert "120/120" in shown
+    assert "tokens/s" in shown
+    assert "loss" in shown
+    fit(epochs=1)
+    assert capsys.readouterr().err == ""
+    plot_history(result.history, tmp_path / "curves.png")
+    plot_history(result.history, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, r"^schedule: expected one of .*, got 'step'"),
+        ({"accumulate": 0}, r"^accumulate: expected at least 1, got 0"),
+        ({"patience": 0}, r"^patience: expected at least 1, got 0"),
+        ({"epochs": -1}, r"^epochs: expected at least 0, got -1"),
+        ({"warmup": 1.0}, r"^warmup: expected a share in \[0, 1\), got 1.0"),
+        ({"layer_decay": 0.0}, r"^layer_decay: expected a factor in \(0, 1\], got 0.0"),
+        ({"class_weights": "equal"}, r"^class_weights: expected 'balanced' or .*, got 'equal'"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)
 
 
 def test_metrics():

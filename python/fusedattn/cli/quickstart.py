@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from fusedattn.encoder import TextClassifier
+    from fusedattn.train import remove_checkpoint
 
     started = time.perf_counter()
     task = docstring_task(seed=args.split)
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     print("\n" + show_predictions(model, pick_examples(task.test, args.seed)))
 
     model.save_pretrained(args.out)
+    remove_checkpoint(args.out)
     texts = [p.text for p in task.test]
     same = np.array_equal(
         TextClassifier.from_pretrained(args.out).predict_proba(texts), model.predict_proba(texts)

@@ -2,6 +2,7 @@
 
 from fusedattn.text.batches import Batch, Dataset, fill_batches, hide_tokens, pack
 from fusedattn.text.cooccurrence import cooccurrence_embeddings
+from fusedattn.text.masking import IGNORE, Masking
 from fusedattn.text.tokenizer import (
     SPECIAL_TOKENS,
     load_tokenizer,
@@ -11,9 +12,11 @@ from fusedattn.text.tokenizer import (
 )
 
 __all__ = [
+    "IGNORE",
     "SPECIAL_TOKENS",
     "Batch",
     "Dataset",
+    "Masking",
     "cooccurrence_embeddings",
     "fill_batches",
     "hide_tokens",

@@ -21,8 +21,8 @@ class Batch:
     ids : int32 array (T,)
     cu_seqlens : int32 array (N + 1,)
         Sequence n is ids[cu_seqlens[n]:cu_seqlens[n + 1]].
-    labels : int array (N,)
-        Empty where there are none.
+    labels : int array (N,) or (T,)
+        One a sequence, or one a token; empty where there are none.
     """
 
     ids: Array
@@ -87,14 +87,15 @@ class Dataset:
     Attributes
     ----------
     sequences : list of int32 arrays
-    labels : int array (number of sequences,)
+    labels : int array (number of sequences,), optional
+        Left out, batches have no labels.
     """
 
     sequences: list[Array]
-    labels: Array
+    labels: Array | None = None
 
     def __post_init__(self) -> None:
-        if len(self.sequences) != len(self.labels):
+        if self.labels is not None and len(self.sequences) != len(self.labels):
             raise ValueError(
                 f"labels: expected one for each of {len(self.sequences)} sequences, "
                 f"got {len(self.labels)}"
@@ -120,7 +121,8 @@ class Dataset:
         """Yield every sequence once, in the batches of `fill_batches`."""
         lengths = [len(s) for s in self.sequences]
         for chosen in fill_batches(lengths, max_tokens, max_sentences, rng):
-            yield pack([self.sequences[i] for i in chosen], self.labels[chosen])
+            labels = None if self.labels is None else self.labels[chosen]
+            yield pack([self.sequences[i] for i in chosen], labels)
 
 
 def hide_tokens(batch: Batch, share: float, tokenizer: Any, rng: Rng) -> Batch:
