@@ -14,16 +14,19 @@ from fusedattn._attention import (
 )
 from fusedattn._core import __version__
 from fusedattn._faces import scaled_dot_product_attention
+from fusedattn._kvcache import KVCache, attention_with_kvcache
 from fusedattn._states import merge_attention_states, merge_attention_states_backward
 
 __all__ = [
     "AttentionGradients",
+    "KVCache",
     "__version__",
     "attention",
     "attention_backward",
     "attention_varlen",
     "attention_varlen_backward",
     "attention_vjp",
+    "attention_with_kvcache",
     "cpu_info",
     "get_num_threads",
     "merge_attention_states",

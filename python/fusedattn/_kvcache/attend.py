@@ -1,0 +1,97 @@
+"""Attention to what a cache holds: prompts, pieces of prompts and decoding are the same call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fusedattn._attention import attention
+from fusedattn._kvcache.cache import KVCache
+from fusedattn._kvcache.checks import check_layout, per_sequence
+
+__all__ = ["attention_with_kvcache"]
+
+
+def attention_with_kvcache(
+    q: Any,
+    cache: KVCache,
+    *,
+    k: Any = None,
+    v: Any = None,
+    q_lengths: ArrayLike | None = None,
+    is_causal: bool = True,
+    layout: str | None = None,
+    **options: Any,
+) -> Any:
+    """Attention of the last queries of each sequence to all of its keys so far.
+
+    The queries sit at the end: with `lengths` tokens in the cache (after appending), query i of n
+    is at position ``lengths - n + i``. So one function serves the prompt, the next piece of a
+    prompt and decoding.
+
+    Parameters
+    ----------
+    q : array, shape (B, H, Sq, D), or (B, Sq, H, D) with ``layout="bshd"``
+        Queries of the cache's dtype.
+    cache : KVCache
+    k, v : arrays, optional
+        Appended to the cache first, see :meth:`KVCache.append`; in the cache's layout.
+    q_lengths : int or integer array of shape (B,), optional
+        Only the first so many of the rows of q (and of k and v) are tokens, by default all; the
+        others give out 0 and LSE minus infinity.
+    is_causal : bool, default True
+        A query sees no key after its own position.
+    layout : {"bhsd", "bshd"}, optional
+        Of q and out, by default the cache's.
+    **options
+        Any other rule or option of :func:`attention`: window, scale, softcap, alibi_slopes, sinks,
+        mask, bias, out, num_threads, return_lse. A mask or a bias has as many keys as the longest
+        sequence after appending. ``q_offset`` and ``kv_lengths`` are the cache's to say.
+
+    Returns
+    -------
+    out : array, shape of q with Dv in place of D
+    lse : array, shape (B, H, Sq), only with ``return_lse=True``
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`attention` and :meth:`KVCache.append`; the cache's lengths and pages are left as
+        they were.
+
+    Notes
+    -----
+    The keys of a contiguous cache are read in place; pages are gathered first, which takes memory
+    of the size of the tokens in the cache.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
+    for name in ("q_offset", "kv_lengths"):
+        if name in options:
+            raise TypeError(f"{name}: not an argument of attention_with_kvcache; the cache says")
+    if (k is None) != (v is None):
+        raise ValueError("v: expected k and v together or neither, got one of them")
+    layout = cache.layout if layout is None else layout
+    check_layout(layout)
+    shape = tuple(getattr(q, "shape", None) or np.shape(q))
+    if len(shape) != 4 or shape[0] != len(cache.lengths):
+        raise ValueError(f"q: expected 4 dimensions, B = {len(cache.lengths)}, got shape {shape}")
+    length = shape[2 if layout == "bhsd" else 1]
+    counts = per_sequence("q_lengths", length if q_lengths is None else q_lengths, shape[0], length)
+    before = cache.lengths
+    try:
+        if k is not None:
+            cache.append(k, v, None if q_lengths is None else counts)
+        keys, values = cache.keys_and_values()
+        if layout != cache.layout:
+            keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        return attention(
+            q, keys, values, is_causal=is_causal, q_offset=cache.lengths - counts,
+            kv_lengths=cache.lengths, q_lengths=None if q_lengths is None else counts,
+            layout=layout, **options,
+        )  # fmt: skip
+    except BaseException:
+        cache.truncate(before)
+        raise
