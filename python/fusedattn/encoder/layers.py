@@ -13,12 +13,14 @@ def init_encoder(rng: Rng, config: EncoderConfig) -> Params:
     """Starting parameters: weights from N(0, initializer_range²), float32."""
     width, std = config.hidden_size, config.initializer_range
     params: Params = {
-        "embeddings": {
-            "word": nn.init_embedding(rng, config.vocab_size, width, std),
-            "position": nn.init_embedding(rng, config.max_position_embeddings, width, std),
-            "type": nn.init_embedding(rng, config.type_vocab_size, width, std),
-            "norm": nn.init_layer_norm(width),
-        },
+        "embeddings": nn.init_token_embedding(
+            rng,
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            width,
+            std,
+        ),
         "blocks": {
             str(n): nn.init_encoder_block(rng, width, config.intermediate_size, std)
             for n in range(config.num_hidden_layers)
@@ -57,35 +59,12 @@ def encode(
     ValueError
         For an id outside the vocabulary or a sequence longer than max_position_embeddings.
     """
-    _check_tokens(config, ids, cu_seqlens)
-    eps, p = config.layer_norm_eps, config.hidden_dropout_prob
-    tables = params["embeddings"]
-    lengths = np.diff(cu_seqlens)
-    positions = np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], lengths)
-
-    x, word_vjp = nn.embedding(tables["word"], ids)
-    position, position_vjp = nn.embedding(tables["position"], positions)
-    kind, kind_vjp = nn.embedding(tables["type"], np.zeros(len(ids), np.int64))
-    x += position
-    x += kind
-    x, norm_vjp = nn.layer_norm(tables["norm"], x, eps)
-    x, drop_vjp = nn.dropout({}, x, p, rng)
-
+    x, embeddings_vjp = _embed(params, config, ids, cu_seqlens, rng)
     block_vjps: dict[str, VJP] = {}
     for name, block in params["blocks"].items():
-        x, block_vjps[name] = nn.encoder_block(
-            block,
-            x,
-            cu_seqlens,
-            config.num_attention_heads,
-            norm_first=config.norm_first,
-            activation=config.hidden_act,
-            eps=eps,
-            p=p,
-            rng=rng,
-        )
+        x, block_vjps[name] = _block(block, config, x, cu_seqlens, rng)
     if config.norm_first:
-        x, last_vjp = nn.layer_norm(params["norm"], x, eps)
+        x, last_vjp = nn.layer_norm(params["norm"], x, config.layer_norm_eps)
 
     def vjp(dx: Array) -> tuple[Params, Array]:
         grads: Params = {"embeddings": {}, "blocks": {}}
@@ -93,13 +72,44 @@ def encode(
             grads["norm"], dx = last_vjp(dx)
         for name in reversed(block_vjps):
             grads["blocks"][name], dx = block_vjps[name](dx)
-        grads["embeddings"]["norm"], dx = norm_vjp(drop_vjp(dx)[1])
-        grads["embeddings"]["word"], nothing = word_vjp(dx)
-        grads["embeddings"]["position"], _ = position_vjp(dx)
-        grads["embeddings"]["type"], _ = kind_vjp(dx)
+        grads["embeddings"], nothing = embeddings_vjp(dx)
         return grads, nothing
 
     return x, vjp
+
+
+def infer(params: Params, config: EncoderConfig, ids: Array, cu_seqlens: Array) -> Array:
+    """The hidden states of `encode` alone: what a block keeps for its vjp is freed after it."""
+    x = _embed(params, config, ids, cu_seqlens, None)[0]
+    for block in params["blocks"].values():
+        x = _block(block, config, x, cu_seqlens, None)[0]
+    if config.norm_first:
+        x = nn.layer_norm(params["norm"], x, config.layer_norm_eps)[0]
+    return x
+
+
+def _embed(
+    params: Params, config: EncoderConfig, ids: Array, cu_seqlens: Array, rng: Rng | None
+) -> tuple[Array, VJP]:
+    _check_tokens(config, ids, cu_seqlens)
+    eps, p = config.layer_norm_eps, config.hidden_dropout_prob
+    return nn.token_embedding(params["embeddings"], ids, cu_seqlens, eps=eps, p=p, rng=rng)
+
+
+def _block(
+    params: Params, config: EncoderConfig, x: Array, cu_seqlens: Array, rng: Rng | None
+) -> tuple[Array, VJP]:
+    return nn.encoder_block(
+        params,
+        x,
+        cu_seqlens,
+        config.num_attention_heads,
+        norm_first=config.norm_first,
+        activation=config.hidden_act,
+        eps=config.layer_norm_eps,
+        p=config.hidden_dropout_prob,
+        rng=rng,
+    )
 
 
 def _check_tokens(config: EncoderConfig, ids: Array, cu_seqlens: Array) -> None:

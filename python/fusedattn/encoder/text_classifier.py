@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fusedattn import nn
-from fusedattn.encoder.folder import read_folder, to_bert, write_folder
-from fusedattn.encoder.model import Encoder
+from fusedattn.encoder.config import EncoderConfig
+from fusedattn.encoder.folder import (
+    BLANK,
+    from_disk,
+    names_on_disk,
+    read_folder,
+    to_disk,
+    write_model,
+    written_whole,
+)
+from fusedattn.encoder.model import Encoder, check_pooling, read_encoder
+from fusedattn.encoder.tokenizer_files import write_tokenizer
 from fusedattn.nn import VJP, Array, Params, Rng
-from fusedattn.text import Batch, fill_batches, pack, tokenize
+from fusedattn.text import Batch
 
-# Inference: small enough for the caches, large enough for the matrix products.
-PREDICT_TOKENS, PREDICT_SENTENCES = 4096, 256
+_POOLER_ACTS = {"tanh": nn.tanh, "relu": nn.relu}
 
 
 class TextClassifier:
-    """An encoder, the mean over each text's tokens, dropout, and a linear classifier.
+    """An encoder, one vector for each text, dropout, and a linear classifier.
+
+    With the pooling "cls" it is BERT's classification head: a linear layer ``pooler`` and tanh come
+    before the classifier (RoBERTa's and DistilBERT's, with the encoder of one of those). Only such
+    a classifier has a counterpart in `transformers`, which then gives the same logits.
 
     Parameters
     ----------
@@ -29,6 +42,9 @@ class TextClassifier:
     classifier : dict, optional
         As from `fusedattn.nn.init_linear`, which makes it, with `seed`, where it is left out.
     seed : int, default 0
+        Of the classifier's and the pooler's starting weights.
+    pooling : str, default "mean"
+        "mean" or "max" over each text's tokens, or "cls", the first token.
     """
 
     def __init__(
@@ -37,40 +53,57 @@ class TextClassifier:
         names: Sequence[str],
         classifier: Params | None = None,
         seed: int = 0,
+        pooling: str = "mean",
     ) -> None:
+        check_pooling(pooling)
         self.encoder = encoder
         self.names = list(names)
-        if classifier is None:
-            config, rng = encoder.config, np.random.default_rng(seed)
-            classifier = nn.init_linear(
-                rng, config.hidden_size, len(self.names), config.initializer_range
-            )
-        self.params: Params = {"encoder": encoder.params, "classifier": classifier}
+        self.pooling = pooling
+        head = _init_head(np.random.default_rng(seed), encoder.config, len(self.names), pooling)
+        self.params: Params = {"encoder": encoder.params, **head}
+        if classifier is not None:
+            self.params["classifier"] = classifier
 
     def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]:
         """Logits (N, number of labels) and their vjp; dropout where an `rng` is given."""
         hidden, encoder_vjp = self.encoder.forward(batch, rng)
-        pooled, pool_vjp = nn.mean_pool({}, hidden, batch.cu_seqlens)
-        pooled, drop_vjp = nn.dropout({}, pooled, self.encoder.config.hidden_dropout_prob, rng)
-        logits, classifier_vjp = nn.linear(self.params["classifier"], pooled)
+        logits, head_vjp = self._head(hidden, batch.cu_seqlens, rng)
 
         def vjp(dlogits: Array) -> tuple[Params, Array]:
-            dclassifier, dpooled = classifier_vjp(dlogits)
-            dencoder, nothing = encoder_vjp(pool_vjp(drop_vjp(dpooled)[1])[1])
-            return {"encoder": dencoder, "classifier": dclassifier}, nothing
+            dhead, dhidden = head_vjp(dlogits)
+            dencoder, nothing = encoder_vjp(dhidden)
+            return {"encoder": dencoder, **dhead}, nothing
 
         return logits, vjp
 
-    def predict_proba(self, texts: Sequence[str]) -> Array:
+    def infer(self, batch: Batch) -> Array:
+        """The logits of `forward`, without dropout and without what a vjp needs."""
+        return self._head(self.encoder.infer(batch), batch.cu_seqlens, None)[0]
+
+    def _head(self, hidden: Array, cu_seqlens: Array, rng: Rng | None) -> tuple[Array, VJP]:
+        config = self.encoder.config
+        x, pool_vjp = nn.POOLINGS[self.pooling]({}, hidden, cu_seqlens)
+        if self.pooling == "cls":
+            x, pooler_vjp = nn.linear(self.params["pooler"], x)
+            x, act_vjp = _POOLER_ACTS[config.family.pooler_act]({}, x)
+        x, drop_vjp = nn.dropout({}, x, config.hidden_dropout_prob, rng)
+        logits, classifier_vjp = nn.linear(self.params["classifier"], x)
+
+        def vjp(dlogits: Array) -> tuple[Params, Array]:
+            grads: Params = {}
+            grads["classifier"], dx = classifier_vjp(dlogits)
+            _, dx = drop_vjp(dx)
+            if self.pooling == "cls":
+                grads["pooler"], dx = pooler_vjp(act_vjp(dx)[1])
+            return grads, pool_vjp(dx)[1]
+
+        return logits, vjp
+
+    def predict_proba(self, texts: Sequence[str], batch_size: int = 32) -> Array:
         """Probabilities (number of texts, number of labels), float32, in the order given."""
-        if self.encoder.tokenizer is None:
-            raise ValueError("texts: expected a model with a tokenizer, this one has none")
-        sequences = tokenize(self.encoder.tokenizer, texts)
-        proba = np.empty((len(sequences), len(self.names)), np.float32)
-        lengths = [len(s) for s in sequences]
-        for chosen in fill_batches(lengths, PREDICT_TOKENS, PREDICT_SENTENCES):
-            logits, _ = self.forward(pack([sequences[i] for i in chosen]))
-            proba[chosen] = _softmax(logits)
+        proba = np.empty((len(texts), len(self.names)), np.float32)
+        for chosen, batch in self.encoder.batches(texts, batch_size):
+            proba[chosen] = _softmax(self.infer(batch))
         return proba
 
     def predict(self, texts: Sequence[str]) -> list[str]:
@@ -78,31 +111,65 @@ class TextClassifier:
         return [self.names[i] for i in self.predict_proba(texts).argmax(axis=1)]
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json, model.safetensors and, with a tokenizer, tokenizer.json."""
-        config = {
-            "model_type": "bert",
-            "architectures": ["BertForSequenceClassification"],
-            **asdict(self.encoder.config),
-            "pooling": "mean",
+        """Write config.json, model.safetensors and, with a tokenizer, its files.
+
+        With the pooling "cls", `transformers` loads the folder as a classifier that gives the same
+        logits. It has no classifier for the other poolings, of which config.json says ``pooling``:
+        it loads the encoder, and the array ``classifier.weight`` is for this class.
+        """
+        config = self.encoder.config
+        content = {
+            **config.to_dict("classifier" if self.pooling == "cls" else "encoder"),
+            "pooling": self.pooling,
             "id2label": {str(i): name for i, name in enumerate(self.names)},
             "label2id": {name: i for i, name in enumerate(self.names)},
         }
-        arrays = {f"bert.{name}": a for name, a in to_bert(self.encoder.params).items()}
-        arrays |= {f"classifier.{name}": a for name, a in self.params["classifier"].items()}
-        write_folder(path, config, arrays, self.encoder.tokenizer)
+        with written_whole(path) as folder:
+            write_model(folder, content, to_disk(self.params, config))
+            write_tokenizer(folder, self.encoder.tokenizer, config.max_position_embeddings)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> TextClassifier:
-        """Read a folder written by `save_pretrained`; errors as in `Encoder.from_pretrained`."""
-        content, arrays, _ = read_folder(path)
-        labels = content.get("id2label")
-        if not labels or "classifier.weight" not in arrays:
+        """Read a folder of `save_pretrained`, or of a classifier of `transformers`.
+
+        Errors are those of `Encoder.from_pretrained`; a folder without a classifier is a
+        ValueError, and so is one that is not for choosing one label of several.
+        """
+        content, arrays = read_folder(path)
+        encoder = read_encoder(path, content, arrays)
+        pooling = content.get("pooling", "cls")
+        weight = arrays.get(names_on_disk("classifier.weight", encoder.config)[0])
+        if weight is None:
             raise ValueError(f"path: expected a folder of a classifier, {path} has no classifier")
-        classifier = {
-            name: np.array(arrays[f"classifier.{name}"], np.float32) for name in ("weight", "bias")
-        }
-        names = [labels[str(i)] for i in range(len(labels))]
-        return cls(Encoder.from_pretrained(path), names, classifier)
+        names = _label_names(content, len(weight))
+        model = cls(encoder, names, pooling=pooling)
+        layout = _init_head(BLANK, encoder.config, len(names), pooling)
+        model.params |= from_disk(arrays, layout, encoder.config, path)
+        return model
+
+
+def _init_head(rng: Rng, config: EncoderConfig, classes: int, pooling: str) -> Params:
+    width, std = config.hidden_size, config.initializer_range
+    head = {"classifier": nn.init_linear(rng, width, classes, std)}
+    if pooling == "cls":
+        head["pooler"] = nn.init_linear(rng, width, width, std)
+    return head
+
+
+def _label_names(content: dict[str, Any], count: int) -> list[str]:
+    """The labels that config.json names, or those that `transformers` makes up for it."""
+    kind = content.get("problem_type") or "single_label_classification"
+    if kind != "single_label_classification" or count < 2:
+        raise ValueError(
+            f"problem_type: expected single_label_classification with at least 2 labels, "
+            f"got {kind} with {count}"
+        )
+    labels = content.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    if len(labels) != count:
+        raise ValueError(
+            f"id2label: expected {count} labels, as model.safetensors has, got {len(labels)}"
+        )
+    return [labels[str(i)] for i in range(count)]
 
 
 def _softmax(logits: Array) -> Array:

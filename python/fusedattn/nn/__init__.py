@@ -29,6 +29,7 @@ from fusedattn.nn.max_pool import max_pool
 from fusedattn.nn.mean_pool import mean_pool
 from fusedattn.nn.relu import relu
 from fusedattn.nn.self_attention import init_self_attention, self_attention
+from fusedattn.nn.tanh import tanh
 from fusedattn.nn.token_embedding import init_token_embedding, token_embedding
 
 # By the names that a configuration gives them.
@@ -68,6 +69,7 @@ __all__ = [
     "mean_pool",
     "relu",
     "self_attention",
+    "tanh",
     "token_embedding",
     "unflatten",
 ]

@@ -1,0 +1,35 @@
+"""y = tanh(x), between the two layers of BERT's classification head (arXiv:1810.04805)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusedattn.nn._types import VJP, Array, Params, Rng
+
+
+def tanh(params: Params, x: Array) -> tuple[Array, VJP]:
+    """The hyperbolic tangent, element by element.
+
+    Parameters
+    ----------
+    params : dict
+        Empty: the layer has none.
+    x : array (T, width)
+
+    Returns
+    -------
+    y : array (T, width)
+    vjp : callable
+        dy (T, width) -> ({}, dx).
+    """
+    y = np.tanh(x)
+
+    def vjp(dy: Array) -> tuple[Params, Array]:
+        return {}, dy * (1.0 - y * y)
+
+    return y, vjp
+
+
+def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
+    """Parameters and arguments of one small call, for the gradient check."""
+    return {}, (rng.standard_normal((4, 6)),), {}
