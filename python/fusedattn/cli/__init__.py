@@ -18,6 +18,9 @@ __all__ = ["main"]
 COMMANDS = {
     "info": "show the version, the instruction sets, the threads and the build",
     "bench": "measure attention against NumPy and PyTorch on this machine",
+    "finetune": "train a text classifier, from scratch or from a pre-trained encoder",
+    "evaluate": "measure a classifier on labelled texts",
+    "predict": "label texts, with probabilities, as JSON lines",
     "quickstart": "train a small text classifier on the standard library's docstrings",
 }
 

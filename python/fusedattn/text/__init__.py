@@ -3,11 +3,14 @@
 from fusedattn.text.batches import Batch, Dataset, fill_batches, hide_tokens, pack
 from fusedattn.text.cooccurrence import cooccurrence_embeddings
 from fusedattn.text.masking import IGNORE, Masking
+from fusedattn.text.readers import Examples, label_names, read_examples
+from fusedattn.text.split import split_examples
 from fusedattn.text.tokenizer import (
     SPECIAL_TOKENS,
     load_tokenizer,
     special_ids,
     tokenize,
+    tokenize_pieces,
     train_tokenizer,
 )
 
@@ -16,13 +19,18 @@ __all__ = [
     "SPECIAL_TOKENS",
     "Batch",
     "Dataset",
+    "Examples",
     "Masking",
     "cooccurrence_embeddings",
     "fill_batches",
     "hide_tokens",
+    "label_names",
     "load_tokenizer",
     "pack",
+    "read_examples",
     "special_ids",
+    "split_examples",
     "tokenize",
+    "tokenize_pieces",
     "train_tokenizer",
 ]

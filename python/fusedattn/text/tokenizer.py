@@ -102,6 +102,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Array]:
     return [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts))]
 
 
+def tokenize_pieces(tokenizer: Any, texts: Sequence[str]) -> list[Array]:
+    """Like `tokenize`, but what truncation cuts off follows as further sequences."""
+    encodings = (tokenizer.encode(text) for text in texts)
+    pieces = (piece for e in encodings for piece in (e, *e.overflowing))
+    return [np.array(piece.ids, np.int32) for piece in pieces]
+
+
 def special_ids(tokenizer: Any) -> Array:
     """The ids of the special tokens of a tokenizer, int32."""
     added = tokenizer.get_added_tokens_decoder()

@@ -1,0 +1,100 @@
+"""``fusedattn finetune``: train a text classifier, from scratch or from a pre-trained encoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fusedattn.cli import _options
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command and its options."""
+    parser = subparsers.add_parser(
+        "finetune",
+        description="Train a text classifier on labelled texts (csv, tsv, JSON lines, a folder a "
+        "class, text<TAB>label, TREC). Started again with the same options after Ctrl-C or worse, "
+        "it goes on from its last checkpoint to the same result.",
+    )
+    parser.add_argument("data", metavar="DATA", help="labelled texts: a file, or a folder a class")
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="MODEL", help="an encoder to tune"
+    )
+    parser.add_argument("--out", type=Path, default=Path("classifier"), help="[%(default)s]")
+    parser.add_argument("--validation", metavar="DATA", help="labelled texts to choose the best by")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="of DATA, without --validation; 0 keeps the last epoch [%(default)s]",
+    )
+    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of that share [0]")
+    parser.add_argument("--test", metavar="DATA", help="labelled texts to report on at the end")
+    parser.add_argument("--pooling", choices=("mean", "cls", "max"), default="mean")
+    parser.add_argument(
+        "--hide-words", type=float, metavar="X", help="share to mask in training [0.2 from scratch]"
+    )
+    parser.add_argument("--class-weights", choices=("balanced",))
+    parser.add_argument("--monitor", default="accuracy", help="accuracy, macro_f1 or loss")
+    _options.add_model(parser)
+    _options.add_training(parser, label_smoothing=0.1)
+    _options.add_reading(parser)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, save, report; 130 after Ctrl-C."""
+    with _options.threads(args.threads):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fusedattn.encoder import Encoder, TextClassifier
+    from fusedattn.text import Dataset, hide_tokens, label_names, split_examples
+    from fusedattn.train import Trainer, evaluate
+
+    resume = _options.check_out(args.out, args.restart)
+    examples = _options.read(args.data, args)
+    names = label_names(examples.labels)
+    if args.validation:
+        train, held = examples, _options.read(args.validation, args)
+    else:
+        train, held = split_examples(examples, args.validation_share, args.split_seed)
+    if args.start:
+        encoder = _options.adapt(Encoder.from_pretrained(args.start), args)
+    else:
+        encoder = _options.new_encoder(args, train.texts, dropout=0.3)
+    tokenizer = encoder.tokenizer
+    model = TextClassifier(encoder, names, seed=args.seed)
+    learning = Dataset.from_texts(tokenizer, train.texts, train.labels, names)
+    validation = Dataset.from_texts(tokenizer, held.texts, held.labels, names)
+    print(
+        f"{len(names)} labels, {len(learning):,} texts to learn from, "
+        f"{len(validation):,} to choose by.",
+        flush=True,
+    )
+    hidden = (0.0 if args.start else 0.2) if args.hide_words is None else args.hide_words
+    trainer = Trainer(
+        model,
+        _options.training_config(args),
+        augment=(lambda b, rng: hide_tokens(b, hidden, tokenizer, rng)) if hidden else None,
+        out_dir=args.out,
+    )
+    result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
+    if result.interrupted:
+        print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
+        return 130
+    model.save_pretrained(args.out)
+    report = {"best_epoch": result.best_epoch}
+    if len(validation):
+        report |= {f"validation_{k}": v for k, v in evaluate(model, validation).items()}
+    if args.test:
+        test = _options.read(args.test, args)
+        data = Dataset.from_texts(tokenizer, test.texts, test.labels, names)
+        report |= {f"test_{k}": v for k, v in evaluate(model, data).items()}
+    print(json.dumps({name: round(value, 4) for name, value in report.items()}))
+    _options.finish(args.out, result, vars(args) | {"result": report})
+    return 0
