@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         encoder = _options.new_encoder(args, train.texts, dropout=0.3)
     tokenizer = encoder.tokenizer
-    model = TextClassifier(encoder, names, seed=args.seed)
+    model = TextClassifier(encoder, names, seed=args.seed, pooling=args.pooling)
     learning = Dataset.from_texts(tokenizer, train.texts, train.labels, names)
     validation = Dataset.from_texts(tokenizer, held.texts, held.labels, names)
     print(
