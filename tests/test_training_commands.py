@@ -2,14 +2,16 @@
 
 import io
 import json
+import math
 import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from fusedattn.cli import main
-from fusedattn.encoder import TextClassifier
+from fusedattn.cli import encode, main
+from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
+from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
 
 for package in ("tokenizers", "safetensors", "tqdm"):
@@ -147,3 +149,65 @@ def test_bad_rows_are_counted(model, data, capsys):
     assert "data.txt, line 121: expected text, a tab and a label" in capsys.readouterr().err
     assert main(["evaluate", str(model), str(data), "--skip-bad-rows"]) == 0
     assert "skipped 1 bad rows" in capsys.readouterr().err
+
+
+def test_pretrain_then_finetune(data, tmp_path, capsys):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "pretrained"
+    corpus.write_text(data.read_text().replace("\tsea", "").replace("\tsky", ""))
+    command = ["pretrain", str(corpus), "--out", str(out), "--epochs", "8", "--whole-words"]
+    assert main([*command, *SMALL]) == 0
+    shown = capsys.readouterr()
+    assert "114 texts" in shown.out
+    assert shown.err == ""
+    history = read_history(out)
+    assert history[-1]["loss"] < history[0]["loss"] < 5
+    assert history[-1]["perplexity"] == pytest.approx(math.exp(history[-1]["loss"]))
+
+    more = tmp_path / "more"
+    command = ["pretrain", str(corpus), "--from", str(out), "--out", str(more), "--epochs", "1"]
+    assert main([*command, "--learning-rate", "1e-5"]) == 0
+    assert read_history(more)[0]["loss"] == pytest.approx(history[-1]["loss"], rel=0.1)
+
+    tuned = tmp_path / "tuned"
+    command = ["finetune", str(data), "--from", str(out), "--out", str(tuned), "--epochs", "3"]
+    assert main([*command, "--learning-rate", "0.01"]) == 0
+    assert read_history(tuned)[-1]["accuracy"] > 0.9
+
+
+def test_killed_pretraining_goes_on(data, tmp_path):
+    command = ["pretrain", str(data), *SMALL, "--epochs", "2", "--checkpoint-seconds", "0"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    left = iter(range(3))
+
+    def dies(self, batch, rng):
+        if next(left, None) is None:
+            raise RuntimeError("killed")
+        return masking(self, batch, rng)
+
+    masking = Masking.__call__
+    with mock.patch.object(Masking, "__call__", dies), pytest.raises(RuntimeError):
+        main([*command, "--out", str(tmp_path / "halves")])
+    assert main([*command, "--out", str(tmp_path / "halves")]) == 0
+    models = [MaskedLM.from_pretrained(tmp_path / name).params for name in ("whole", "halves")]
+    np.testing.assert_equal(*models)
+
+
+def test_encode(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK", 2)
+    texts = ["the ship", "the cloud", "the star and the ship", ""]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts[:3])
+    )
+    out = tmp_path / "vectors.npy"
+    command = ["encode", str(model), str(tmp_path / "texts.jsonl"), "--out", str(out)]
+    assert main(command) == 0
+    assert f"Wrote an array (3, 16) to {out}." in capsys.readouterr().err
+    whole = np.load(out)
+    expected = Encoder.from_pretrained(model).encode(texts[:3], show_progress_bar=False)
+    np.testing.assert_allclose(whole, expected, atol=1e-6)
+    assert not (tmp_path / "vectors.npy.partial").exists()
+
+    (tmp_path / "vectors.npy.partial").write_bytes(whole.tobytes()[: 2 * 16 * 4 + 7])
+    assert main([*command, "--resume", "--normalize"]) == 0  # only the third is new
+    np.testing.assert_array_equal(np.load(out)[:2], whole[:2])
+    assert np.linalg.norm(np.load(out)[2]) == pytest.approx(1)

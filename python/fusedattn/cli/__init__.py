@@ -18,9 +18,11 @@ __all__ = ["main"]
 COMMANDS = {
     "info": "show the version, the instruction sets, the threads and the build",
     "bench": "measure attention against NumPy and PyTorch on this machine",
+    "pretrain": "pre-train an encoder on texts without labels",
     "finetune": "train a text classifier, from scratch or from a pre-trained encoder",
     "evaluate": "measure a classifier on labelled texts",
     "predict": "label texts, with probabilities, as JSON lines",
+    "encode": "turn texts into vectors, as a NumPy array",
     "quickstart": "train a small text classifier on the standard library's docstrings",
 }
 

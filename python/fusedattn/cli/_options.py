@@ -64,6 +64,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="cooccurrence",
         help="what they start from: counts of neighbours, or nothing [%(default)s]",
     )
+    group.add_argument(
+        "--word-scale",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="root-mean-square of cooccurrence's vectors; positions start from 0.05 [%(default)s]",
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text [128 if new]")
     parser.add_argument(
         "--dropout", type=float, help="[0.1 pre-training, else 0.3; --from: its own]"
@@ -94,7 +101,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
         vectors = cooccurrence_embeddings(
             tokenize(tokenizer, texts), config.vocab_size, config.hidden_size
         )
-        encoder.params["embeddings"]["word"]["weight"][...] = 0.5 * vectors
+        encoder.params["embeddings"]["word"]["weight"][...] = args.word_scale * vectors
     return encoder
 
 
