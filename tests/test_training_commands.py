@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fusedattn.cli import encode, main
+from fusedattn.cli import encode, finetune, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
@@ -48,7 +48,7 @@ def test_finetune_learns_and_says_where_it_wrote(data, tmp_path, capsys):
     command = ["finetune", str(data), "--out", str(out), "--epochs", "5", "--test", str(data)]
     assert main([*command, *SMALL]) == 0
     shown = capsys.readouterr()
-    assert "2 labels, 108 texts to learn from, 12 to choose by." in shown.out
+    assert "2 labels, 108 texts to learn from, 12 to choose by; " in shown.out
     assert f"to {out}." in shown.out
     assert shown.err == ""  # no bar where nobody looks
     names = {"config.json", "model.safetensors", "tokenizer.json", HISTORY, "settings.json"}
@@ -211,3 +211,30 @@ def test_encode(model, tmp_path, capsys, monkeypatch):
     assert main([*command, "--resume", "--normalize"]) == 0  # only the third is new
     np.testing.assert_array_equal(np.load(out)[:2], whole[:2])
     assert np.linalg.norm(np.load(out)[2]) == pytest.approx(1)
+
+
+def test_sweep(data, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    out = tmp_path / "sweep"
+    command = ["sweep", str(data), "--dim", "8,16", "--seeds", "2", "--out", str(out)]
+    options = ["--heads", "2", "--layers", "1", "--vocab-size", "80", "--epochs", "2"]
+    assert main([*command, *options]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith(("8 ", "16 "))]
+    assert [row[0] for row in rows] == ["8", "16"]
+    assert int(rows[0][1].replace(",", "")) < int(rows[1][1].replace(",", ""))
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    runs = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert [(run["dim"], run["seed"]) for run in runs] == [(8, 0), (8, 1), (16, 0), (16, 1)]
+
+    (out / "sweep.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs[:3]))
+    with mock.patch("fusedattn.cli.finetune.train", wraps=finetune.train) as spy:
+        assert main([*command, *options]) == 0
+    assert spy.call_count == 1  # the others are there
+    again = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert again[3]["validation_accuracy"] == runs[3]["validation_accuracy"]
+    with pytest.raises(SystemExit):
+        main([*command, *options, "--epochs", "3"])
+    assert "of another sweep" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", str(data), "--dim", "8,wide"])

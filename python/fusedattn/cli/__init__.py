@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "measure a classifier on labelled texts",
     "predict": "label texts, with probabilities, as JSON lines",
     "encode": "turn texts into vectors, as a NumPy array",
+    "sweep": "train classifiers of several widths and compare them",
     "quickstart": "train a small text classifier on the standard library's docstrings",
 }
 

@@ -195,16 +195,20 @@ def check_out(out: Path, restart: bool) -> bool:
     return False
 
 
-def finish(out: Path, result: Any, settings: dict[str, Any]) -> None:
-    """Beside the saved model: the curves, the settings; and no checkpoint any more."""
+def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
+    """Save the model, the curves and the settings; no checkpoint is needed any more.
+
+    Returns what was written, in words.
+    """
     from fusedattn.train import plot_history, remove_checkpoint
 
-    wrote = ["the model", "history.jsonl"]
-    with contextlib.suppress(ModuleNotFoundError):
+    model.save_pretrained(out)
+    wrote = "the model, history.jsonl, settings.json"
+    with contextlib.suppress(ModuleNotFoundError):  # matplotlib is an extra
         if result.history:
             plot_history(result.history, out / "curves.png")
-            wrote.append("curves.png")
+            wrote += ", curves.png"
     clean = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k != "func"}
     (out / "settings.json").write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
     remove_checkpoint(out)
-    print(f"Wrote {', '.join(wrote)} and settings.json to {out}.")
+    return wrote

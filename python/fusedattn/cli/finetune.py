@@ -18,11 +18,17 @@ def add_parser(subparsers: Any) -> None:
         "class, text<TAB>label, TREC). Started again with the same options after Ctrl-C or worse, "
         "it goes on from its last checkpoint to the same result.",
     )
+    add_options(parser, "classifier")
+    parser.set_defaults(func=run)
+
+
+def add_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """All the options; `out` is where it goes by default."""
     parser.add_argument("data", metavar="DATA", help="labelled texts: a file, or a folder a class")
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="MODEL", help="an encoder to tune"
     )
-    parser.add_argument("--out", type=Path, default=Path("classifier"), help="[%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path(out), help="[%(default)s]")
     parser.add_argument("--validation", metavar="DATA", help="labelled texts to choose the best by")
     parser.add_argument(
         "--validation-share",
@@ -42,21 +48,29 @@ def add_parser(subparsers: Any) -> None:
     _options.add_model(parser)
     _options.add_training(parser, label_smoothing=0.1)
     _options.add_reading(parser)
-    parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, report; 130 after Ctrl-C."""
     with _options.threads(args.threads):
-        return _run(args)
+        resume = _options.check_out(args.out, args.restart)
+        model, result, report = train(args, resume=resume)
+        if result.interrupted:
+            print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
+            return 130
+        print(json.dumps({name: round(value, 4) for name, value in report.items()}))
+        wrote = _options.finish(args.out, model, result, vars(args) | {"result": report})
+    print(f"Wrote {wrote} to {args.out}.")
+    return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str, float]]:
+    """The classifier that the options ask for, the `TrainingResult`, and figures to report."""
     from fusedattn.encoder import Encoder, TextClassifier
+    from fusedattn.nn import leaves
     from fusedattn.text import Dataset, hide_tokens, label_names, split_examples
     from fusedattn.train import Trainer, evaluate
 
-    resume = _options.check_out(args.out, args.restart)
     examples = _options.read(args.data, args)
     names = label_names(examples.labels)
     if args.validation:
@@ -71,9 +85,10 @@ def _run(args: argparse.Namespace) -> int:
     model = TextClassifier(encoder, names, seed=args.seed, pooling=args.pooling)
     learning = Dataset.from_texts(tokenizer, train.texts, train.labels, names)
     validation = Dataset.from_texts(tokenizer, held.texts, held.labels, names)
+    size = sum(p.size for _, p in leaves(model.params))
     print(
-        f"{len(names)} labels, {len(learning):,} texts to learn from, "
-        f"{len(validation):,} to choose by.",
+        f"{len(names)} labels, {len(learning):,} texts to learn from, {len(validation):,} to "
+        f"choose by; {size:,} parameters.",
         flush=True,
     )
     hidden = (0.0 if args.start else 0.2) if args.hide_words is None else args.hide_words
@@ -84,17 +99,12 @@ def _run(args: argparse.Namespace) -> int:
         out_dir=args.out,
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
-    if result.interrupted:
-        print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
-        return 130
-    model.save_pretrained(args.out)
-    report = {"best_epoch": result.best_epoch}
+    report: dict[str, float] = {"parameters": size, "best_epoch": result.best_epoch}
+    report["tokens_per_second"] = round(result.tokens_per_second)
     if len(validation):
         report |= {f"validation_{k}": v for k, v in evaluate(model, validation).items()}
     if args.test:
         test = _options.read(args.test, args)
         data = Dataset.from_texts(tokenizer, test.texts, test.labels, names)
         report |= {f"test_{k}": v for k, v in evaluate(model, data).items()}
-    print(json.dumps({name: round(value, 4) for name, value in report.items()}))
-    _options.finish(args.out, result, vars(args) | {"result": report})
-    return 0
+    return model, result, report

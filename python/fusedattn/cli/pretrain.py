@@ -74,13 +74,13 @@ def _run(args: argparse.Namespace) -> int:
     if result.interrupted:
         print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
         return 130
-    model.save_pretrained(args.out)
     report: dict[str, float] = {"best_epoch": result.best_epoch}
     if len(validation):
         found = evaluate_masked(model, validation, masking)
         report |= {f"validation_{name}": value for name, value in found.items()}
     print(json.dumps({name: round(value, 4) for name, value in report.items()}))
-    _options.finish(args.out, result, vars(args) | {"result": report})
+    wrote = _options.finish(args.out, model, result, vars(args) | {"result": report})
+    print(f"Wrote {wrote} to {args.out}.")
     return 0
 
 
