@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <unordered_map>
 
 #include "dispatch.h"
 
@@ -109,7 +112,9 @@ bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int t
   }
   return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
     const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
-    kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, s.lse2 + at, s.delta + at, c.d_v},
+    const Matrix dlse = c.dlse.at(b, h);
+    kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, dlse.data, dlse.row, s.lse2 + at,
+                   s.delta + at, c.d_v},
                   begin, end);
     const Matrix dq = s.dq.at(b, h);
     if (dq.data)
@@ -118,7 +123,73 @@ bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int t
   });
 }
 
+// dsinks = -sum over queries of exp(sink - lse) * delta: the sink's probability times its share of
+// the softmax's gradient; samples and queries in order.
+template <class T> double sink_gradient(const Call& c, const Statistics& s, index_t h) {
+  double sum = 0;
+  for (index_t b = 0; b < c.batch; b++) {
+    const index_t at = c.lse_batch[std::size_t(b)] + h * c.lse_head;
+    const T *lse = reinterpret_cast<const T*>(c.lse) + at,
+            *delta = reinterpret_cast<const T*>(s.delta) + at;
+    for (index_t q = 0; q < c.sq[std::size_t(b)]; q++)
+      if (!(std::isinf(lse[q]) && lse[q] < 0))  // a query that sees no key sees no sink
+        sum -= std::exp(c.sinks[std::size_t(h)] - double(lse[q])) * double(delta[q]);
+  }
+  return sum;
+}
+
 }  // namespace
+
+Rules Call::rules(index_t b, index_t h) const {
+  const std::size_t i = std::size_t(b), head = std::size_t(h);
+  Rules r{};
+  r.q_offset = q_offset[i];
+  r.left = left;
+  r.right = right;
+  r.q_length = q_length[i];
+  r.kv_length = kv_length[i];
+  if (!segments.empty()) r.segments = segments[i].view();
+  r.mask = mask.at(b, h);
+  r.bias = bias.at(b, h);
+  r.softcap = softcap;
+  r.alibi_slope = alibi_slopes.empty() ? 0.0 : alibi_slopes[i * std::size_t(heads) + head];
+  r.sink = sinks.empty() ? -std::numeric_limits<double>::infinity() : sinks[head];
+  r.dropout = dropout;
+  r.dropout.batch = std::uint32_t(b);
+  r.dropout.head = std::uint32_t(h);
+  return r;
+}
+
+SegmentTable::SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_ids, index_t sk) {
+  struct Run {
+    Interval keys;
+    index_t count;
+    std::int32_t number;
+  };
+  std::unordered_map<index_t, Run> runs;
+  Run* last = nullptr;
+  bool scattered = false;
+  for (index_t j = 0; j < sk; j++) {
+    if (j == 0 || k_ids[j] != k_ids[j - 1])
+      last = &runs.try_emplace(k_ids[j], Run{{j, j}, 0, std::int32_t(runs.size())}).first->second;
+    last->keys.high = j + 1;
+    last->count++;
+  }
+  for (const auto& [id, run] : runs) scattered |= run.count != run.keys.high - run.keys.low;
+  keys.reserve(std::size_t(sq));
+  const Run nowhere{{0, 0}, 0, -1};
+  const Run* own = &nowhere;
+  for (index_t i = 0; i < sq; i++) {
+    if (i == 0 || q_ids[i] != q_ids[i - 1]) {
+      const auto found = runs.find(q_ids[i]);
+      own = found == runs.end() ? &nowhere : &found->second;
+    }
+    keys.push_back(own->keys);
+    if (scattered) q_number.push_back(own->number);
+  }
+  if (scattered)
+    for (index_t j = 0; j < sk; j++) k_number.push_back(runs.at(k_ids[j]).number);
+}
 
 bool attention_forward(const Call& c, Loop& loop) {
   const Kernels& kernels = kernels_of(c.dtype);
@@ -137,7 +208,7 @@ bool attention_forward(const Call& c, Loop& loop) {
   // Where few queries share a key/value head, one task takes them all, so that keys are read once.
   const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1;
   const auto is_few = [&](index_t b) {
-    return c.sq[std::size_t(b)] * group <= kernels.few_queries;
+    return c.sq[std::size_t(b)] * group <= kernels.few_queries && !c.dropout.threshold;
   };
   Numbering numbering;
   for (index_t b = 0; b < c.batch; b++)
@@ -189,7 +260,7 @@ bool attention_forward(const Call& c, Loop& loop) {
   });
 }
 
-bool attention_backward(const Call& c, Loop& loop) {
+bool attention_backward(Call& c, Loop& loop) {
   const Kernels& kernels = kernels_of(c.dtype);
   const double flops = 2.0 * pairs(c) * double(3 * c.d + 2 * c.d_v);
   const int threads = worthwhile_threads(c.threads, flops);
@@ -197,6 +268,9 @@ bool attention_backward(const Call& c, Loop& loop) {
 
   Statistics statistics;
   if (!compute_statistics(c, kernels, loop, threads, statistics)) return false;
+  for (std::size_t h = 0; h < c.dsinks.size(); h++)
+    c.dsinks[h] = c.dtype == DType::float64 ? sink_gradient<double>(c, statistics, index_t(h))
+                                            : sink_gradient<float>(c, statistics, index_t(h));
 
   // Who else adds to the same elements? Key blocks of a head to its dq; other heads and samples to
   // a broadcast dbias.
@@ -219,6 +293,10 @@ bool attention_backward(const Call& c, Loop& loop) {
     turns.add(c.heads * query_blocks(b));
     most = std::max(most, query_blocks(b));
   }
+  std::vector<Interval> visible(std::size_t(turns.total()));  // by block of queries, head 0 first
+  for (index_t b = 0; b < c.batch && c.heads > 0; b++)
+    kernels.visible_blocks(c.rules(b, 0), c.sq[std::size_t(b)], c.sk[std::size_t(b)],
+                           visible.data() + turns.first[std::size_t(b)]);
   std::unique_ptr<int[]> dq_turns, bias_turns;
   if (!by_head && threads > 1) {
     dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
@@ -255,6 +333,8 @@ bool attention_backward(const Call& c, Loop& loop) {
     head.d_v = c.d_v;
     head.scale = c.scale;
     head.rules = c.rules(b, h);
+    if (!c.alibi_slopes.empty()) head.alibi_slopes = &c.alibi_slopes[std::size_t(b * c.heads + h)];
+    head.visible = visible.data() + turns.first[std::size_t(b)];
     head.wait_for_turn = wait_for_turn;
     head.call = &loop;
     void* scratch = thread_scratch(kernels.backward_scratch(head));

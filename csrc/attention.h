@@ -21,6 +21,17 @@ struct Tensor {
   }
 };
 
+// Segment numbers of one sample, and what follows from them (see Segments).
+struct SegmentTable {
+  std::vector<Interval> keys;
+  std::vector<std::int32_t> q_number, k_number;  // empty: the intervals tell all
+
+  SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_ids, index_t sk);
+  Segments view() const {
+    return {keys.data(), q_number.empty() ? nullptr : q_number.data(), k_number.data()};
+  }
+};
+
 // One call, forward or backward. Sample b has sq[b] queries and sk[b] keys.
 struct Call {
   DType dtype = DType::float32;
@@ -33,19 +44,22 @@ struct Call {
   char* lse = nullptr;  // element (b, h, i) at lse_batch[b] + h * lse_head + i, in elements
   std::vector<index_t> lse_batch;
   index_t lse_head = 0;
-  double scale = 1.0;
+  double scale = 1.0, softcap = 0.0;
   index_t left = UNBOUNDED, right = UNBOUNDED;  // the window; causal: right = 0
+  std::vector<SegmentTable> segments;           // one a sample, or none
+  std::vector<double> alibi_slopes;             // (batch, heads), or none
+  std::vector<double> sinks;                    // (heads), or none
+  Dropout dropout{0, 0, 0, 0, 1.0};
+  Tensor dlse;                 // backward; (sq) of each head, `row` apart, compute type
+  std::vector<double> dsinks;  // backward; (heads) if needed
   int threads = 1;
 
-  Rules rules(index_t b, index_t h) const {
-    const std::size_t i = std::size_t(b);
-    return {q_offset[i], left, right, q_length[i], kv_length[i], mask.at(b, h), bias.at(b, h)};
-  }
+  Rules rules(index_t b, index_t h) const;
 };
 
 // Both return false if interrupted. Throw std::bad_alloc.
 bool attention_forward(const Call& call, Loop& loop);
-bool attention_backward(const Call& call, Loop& loop);
+bool attention_backward(Call& call, Loop& loop);
 
 // Limits of the machine with `threads` threads: multiply-add flops a second, bytes read a second.
 double measure_peak(DType dtype, int threads);

@@ -13,9 +13,9 @@ struct Request {
   py::array q, k, v;  // kept alive
   std::vector<py::array> others;
   py::dtype dtype, lse_dtype;
-  Shape lead, out_shape, lse_shape;
+  Shape lead, out_shape, lse_shape, scores;  // scores: what masks and biases broadcast to
   Axes q_axes, k_axes;
-  index_t lse_rows = 0;  // queries in a row of lse
+  Shape segment_rows[2];  // shapes of the segment ids of queries and of keys
 };
 
 // Axis lengths; a missing head axis is one head.
@@ -86,17 +86,15 @@ void take_qkv(Request& r, py::handle q, py::handle k, py::handle v, bool bshd) {
 
 // The rules as _attention.py's _rules() lines them up.
 struct RuleArguments {
-  py::object mask, bias, is_causal, q_offset, window, scale, q_lengths, kv_lengths;
+  py::object mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+      q_lengths, kv_lengths, segment_ids, dropout_p, seed;
 
-  explicit RuleArguments(const py::tuple& t)
-      : mask(t[0]),
-        bias(t[1]),
-        is_causal(t[2]),
-        q_offset(t[3]),
-        window(t[4]),
-        scale(t[5]),
-        q_lengths(t[6]),
-        kv_lengths(t[7]) {}
+  explicit RuleArguments(const py::tuple& t) {
+    py::object* const all[] = {&mask,       &bias,        &is_causal,    &q_offset, &window,
+                               &scale,      &softcap,     &alibi_slopes, &sinks,    &q_lengths,
+                               &kv_lengths, &segment_ids, &dropout_p,    &seed};
+    for (std::size_t i = 0; i < std::size(all); i++) *all[i] = t[i];
+  }
 };
 
 // How many rows of each sample count: `most` where nothing else is said.
@@ -111,11 +109,63 @@ std::vector<index_t> lengths_of(const char* name, const py::object& object, cons
   return lengths;
 }
 
+void take_dropout(Call& c, const RuleArguments& rules) {
+  const double p = finite_number("dropout_p", rules.dropout_p);
+  if (p < 0 || p > 1)
+    wrong_value("dropout_p", "a probability from 0 to 1", py::str(rules.dropout_p));
+  if (p == 0) return;
+  c.dropout.threshold = std::uint32_t(std::min(std::round(p * 0x1p32), 0x1p32 - 1));
+  c.dropout.scale = p == 1 ? 0.0 : 1.0 / (1.0 - p);
+  c.dropout.seed = seed_of(rules.seed);
+}
+
+// Masks, biases and numbers by head, all of which broadcast; segments. r.scores, sq, sk and lead
+// are known; sample b's rows of q and k start at q_first[b], k_first[b] of the segment ids.
+void take_arrays(Request& r, const RuleArguments& rules, const std::vector<index_t>& q_first,
+                 const std::vector<index_t>& k_first) {
+  Call& c = r.call;
+  if (!rules.mask.is_none()) {
+    const py::array a = array_of("mask", rules.mask);
+    if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
+    c.mask = broadcast_tensor("mask", a, r.scores);
+    r.others.push_back(a);
+  }
+  if (!rules.bias.is_none()) {
+    const py::array a = array_of("bias", rules.bias);
+    same_dtype("bias", a, r);
+    c.bias = broadcast_tensor("bias", a, r.scores);
+    r.others.push_back(a);
+  }
+  const index_t heads = c.heads, all = c.batch * heads;
+  if (!rules.alibi_slopes.is_none()) {
+    c.alibi_slopes = numbers_of("alibi_slopes", rules.alibi_slopes,
+                                {{heads}, {c.batch, heads}, join(r.lead, heads)});
+    const std::size_t given = c.alibi_slopes.size();
+    for (index_t i = index_t(given); i < all; i++)
+      c.alibi_slopes.push_back(c.alibi_slopes[std::size_t(i) % given]);
+  }
+  if (!rules.sinks.is_none()) c.sinks = numbers_of("sinks", rules.sinks, {{heads}});
+  if (!rules.segment_ids.is_none()) {
+    const bool pair = py::isinstance<py::tuple>(rules.segment_ids);
+    if (pair && py::len(rules.segment_ids) != 2)
+      wrong_value("segment_ids", "an array, or a pair of arrays (of queries, of keys)",
+                  std::to_string(py::len(rules.segment_ids)) + " of them");
+    const py::object q_ids = pair ? py::object(rules.segment_ids[py::int_(0)]) : rules.segment_ids,
+                     k_ids = pair ? py::object(rules.segment_ids[py::int_(1)]) : rules.segment_ids;
+    const auto q = ids_of("segment_ids", q_ids, r.segment_rows[0]),
+               k = ids_of("segment_ids", k_ids, r.segment_rows[1]);
+    for (std::size_t b = 0; b < c.sq.size(); b++)
+      c.segments.emplace_back(q.data() + q_first[b], c.sq[b], k.data() + k_first[b], c.sk[b]);
+  }
+}
+
 // What does not depend on how samples are laid out; sq, sk and lead are known.
 void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) {
   Call& c = r.call;
   c.scale =
       rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
+  c.softcap = finite_number("softcap", rules.softcap);
+  if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", py::str(rules.softcap));
   window_of(rules.window, c);
   if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);
   c.q_offset = integers_of("q_offset", rules.q_offset, r.lead, c.batch);
@@ -124,6 +174,7 @@ void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) 
       wrong_value("q_offset", "at most 2**60 in magnitude", std::to_string(o));
   c.q_length = lengths_of("q_lengths", rules.q_lengths, r, c.sq);
   c.kv_length = lengths_of("kv_lengths", rules.kv_lengths, r, c.sk);
+  take_dropout(c, rules);
   c.threads = threads_of(num_threads);
 }
 
@@ -141,21 +192,15 @@ Request rectangular(py::handle q, py::handle k, py::handle v, const RuleArgument
   r.lse_shape = r.lead;
   if (r.q_axes.head >= 0) r.lse_shape.push_back(c.heads);
   r.lse_shape.push_back(sq);
-  Shape scores = r.lse_shape;
-  scores.push_back(sk);
-  if (!rules.mask.is_none()) {
-    const py::array a = array_of("mask", rules.mask);
-    if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
-    c.mask = broadcast_tensor("mask", a, scores);
-    r.others.push_back(a);
+  r.scores = join(r.lse_shape, sk);
+  std::vector<index_t> q_first, k_first;
+  for (index_t b = 0; b < c.batch; b++) {
+    q_first.push_back(b * sq);
+    k_first.push_back(b * sk);
   }
-  if (!rules.bias.is_none()) {
-    const py::array a = array_of("bias", rules.bias);
-    same_dtype("bias", a, r);
-    c.bias = broadcast_tensor("bias", a, scores);
-    r.others.push_back(a);
-  }
-  r.lse_rows = sq;
+  r.segment_rows[0] = join(r.lead, sq);
+  r.segment_rows[1] = join(r.lead, sk);
+  take_arrays(r, rules, q_first, k_first);
   c.lse_head = sq;
   for (index_t b = 0; b < c.batch; b++) c.lse_batch.push_back(b * c.heads * sq);
   return r;
@@ -209,8 +254,15 @@ Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q
     c.lse_batch.push_back(cu_q[b]);
   }
   take_rules(r, rules, num_threads);
-  c.lse_head = r.lse_rows = total_q;
+  c.lse_head = total_q;
   r.lse_shape = {c.heads, total_q};
+  const auto longest = [](const std::vector<index_t>& n) {
+    return n.empty() ? 0 : *std::max_element(n.begin(), n.end());
+  };
+  r.scores = {c.batch, c.heads, longest(c.sq), longest(c.sk)};
+  r.segment_rows[0] = {total_q};
+  r.segment_rows[1] = {total_k};
+  take_arrays(r, rules, cu_q, cu_k);
   return r;
 }
 
@@ -284,14 +336,32 @@ py::array input_like(const char* name, py::handle object, const py::dtype& dtype
 }
 
 struct Needs {
-  bool q, k, v, bias;
+  bool q, k, v, bias, sinks;
 
   explicit Needs(const py::tuple& t)
-      : q(t[0].cast<bool>()), k(t[1].cast<bool>()), v(t[2].cast<bool>()), bias(t[3].cast<bool>()) {}
+      : q(t[0].cast<bool>()),
+        k(t[1].cast<bool>()),
+        v(t[2].cast<bool>()),
+        bias(t[3].cast<bool>()),
+        sinks(t[4].cast<bool>()) {}
 };
 
-py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, Needs need,
-                   py::handle bias) {
+// An array of the shape of lse, where it is.
+Tensor rows_of(const Request& r, const py::array& a) {
+  const int n = int(a.ndim());
+  Tensor t;
+  t.data = static_cast<char*>(const_cast<void*>(a.data()));
+  t.row = index_t(a.strides(n - 1));
+  t.head = r.q_axes.head < 0 ? 0 : index_t(a.strides(n - 2));
+  if (r.lse_shape.size() == r.lead.size() + 2 || r.q_axes.head < 0)
+    t.batch = batch_offsets(r.lead, std::vector<index_t>(a.strides(), a.strides() + r.lead.size()));
+  else  // packed: samples lie along the queries
+    for (const index_t first : r.call.lse_batch) t.batch.push_back(first * t.row);
+  return t;
+}
+
+py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, py::handle dlse,
+                   Needs need, const RuleArguments& rules) {
   Call& c = r.call;
   const py::array d = input_like("dout", dout, r.dtype, r.out_shape),
                   o = input_like("out", out, r.dtype, r.out_shape);
@@ -300,7 +370,13 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   c.dout = like(r, d, r.q_axes, c.q, c.q.row);
   c.out = like(r, o, r.q_axes, c.q, c.q.row);
   c.lse = static_cast<char*>(const_cast<void*>(l.data()));
-  py::object dq = py::none(), dk = py::none(), dv = py::none(), dbias = py::none();
+  py::array dl;
+  if (!dlse.is_none()) {
+    dl = input_like("dlse", dlse, r.lse_dtype, r.lse_shape);
+    c.dlse = rows_of(r, dl);
+  }
+  py::object dq = py::none(), dk = py::none(), dv = py::none(), dbias = py::none(),
+             dsinks = py::none();
   const auto gradient = [&](const char* name, const py::array& a, Axes axes, Tensor& t,
                             const Tensor& input) -> py::object {
     py::array g = allocate(name, r.dtype, shape_of(a));
@@ -311,19 +387,25 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   if (need.k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
   if (need.v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
   if (need.bias) {
-    if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
-    const py::array b = array_of("bias", bias);
+    if (rules.bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
+    const py::array b = array_of("bias", rules.bias);
     py::array g = py::module_::import("numpy").attr("zeros")(
         py::cast(shape_of(b)), r.lse_dtype);  // summed in the compute type
-    Shape scores = r.lse_shape;
-    scores.push_back(c.sk.empty() ? 0 : c.sk[0]);
-    c.dbias = broadcast_tensor("bias", g, scores);
+    c.dbias = broadcast_tensor("bias", g, r.scores);
     dbias = g;
+  }
+  if (need.sinks) {
+    if (rules.sinks.is_none())
+      wrong_value("need", "'sinks' only where sinks are given", "sinks=None");
+    c.dsinks.assign(std::size_t(c.heads), 0.0);
   }
   kernel_table();
   run_without_gil([&](Loop& loop) { return attention_backward(c, loop); });
   if (need.bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
-  return py::make_tuple(dq, dk, dv, dbias);
+  if (need.sinks)
+    dsinks = py::array_t<double>(py::ssize_t(c.heads), c.dsinks.data())
+                 .attr("astype")(array_of("sinks", rules.sinks).dtype());
+  return py::make_tuple(dq, dk, dv, dbias, dsinks);
 }
 
 py::dict cpu_info() {
@@ -356,22 +438,24 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
           Request r = rectangular(q, k, v, RuleArguments(rules), layout, num_threads);
           return forward(r, out, return_lse);
         });
-  m.def("attention_backward", [](H dout, H q, H k, H v, H out, H lse, const py::tuple& rules,
-                                 H layout, H num_threads, const py::tuple& need) {
-    const RuleArguments arguments(rules);
-    Request r = rectangular(q, k, v, arguments, layout, num_threads);
-    return backward(r, dout, out, lse, Needs(need), arguments.bias);
-  });
+  m.def("attention_backward",
+        [](H dout, H q, H k, H v, H out, H lse, H dlse, const py::tuple& rules, H layout,
+           H num_threads, const py::tuple& need) {
+          const RuleArguments arguments(rules);
+          Request r = rectangular(q, k, v, arguments, layout, num_threads);
+          return backward(r, dout, out, lse, dlse, Needs(need), arguments);
+        });
   m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, const py::tuple& rules, H out,
                                H num_threads, bool return_lse) {
     Request r = packed(q, k, v, cu_q, cu_k, RuleArguments(rules), num_threads);
     return forward(r, out, return_lse);
   });
   m.def("attention_varlen_backward",
-        [](H dout, H q, H k, H v, H out, H lse, H cu_q, H cu_k, const py::tuple& rules,
+        [](H dout, H q, H k, H v, H out, H lse, H dlse, H cu_q, H cu_k, const py::tuple& rules,
            H num_threads, const py::tuple& need) {
-          Request r = packed(q, k, v, cu_q, cu_k, RuleArguments(rules), num_threads);
-          return backward(r, dout, out, lse, Needs(need), py::none());
+          const RuleArguments arguments(rules);
+          Request r = packed(q, k, v, cu_q, cu_k, arguments, num_threads);
+          return backward(r, dout, out, lse, dlse, Needs(need), arguments);
         });
 
   m.def("get_num_threads", &get_num_threads);

@@ -27,6 +27,11 @@ inline std::string text_of(const Shape& shape) {
   return s + (shape.size() == 1 ? ",)" : ")");
 }
 
+inline Shape join(Shape shape, index_t last) {
+  shape.push_back(last);
+  return shape;
+}
+
 [[noreturn]] inline void wrong_value(const std::string& name, const std::string& expected,
                                      const std::string& got) {
   throw py::value_error(name + ": expected " + expected + ", got " + got);
@@ -180,6 +185,47 @@ inline double finite_number(const char* name, py::handle object) {
   if (!std::isfinite(x))
     wrong_value(name, "a finite number", std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf");
   return x;
+}
+
+// Floating-point numbers in an array of one of the given shapes, C order.
+inline std::vector<double> numbers_of(const char* name, py::handle object,
+                                      const std::vector<Shape>& shapes) {
+  const py::array a = array_of(name, object);
+  if (a.dtype().kind() != 'f' && dtype_name(a).find("bfloat16") == std::string::npos)
+    wrong_type(name, "an array of floating-point numbers", dtype_name(a));
+  if (std::find(shapes.begin(), shapes.end(), shape_of(a)) == shapes.end()) {
+    std::string expected = "shape " + text_of(shapes[0]);
+    for (std::size_t i = 1; i < shapes.size(); i++)
+      if (shapes[i] != shapes[i - 1]) expected += " or " + text_of(shapes[i]);
+    wrong_value(name, expected, "shape " + text_of(shape_of(a)));
+  }
+  const auto values = py::array_t<double, py::array::c_style | py::array::forcecast>(a);
+  return std::vector<double>(values.data(), values.data() + values.size());
+}
+
+// Integers in an array of the given shape, C order.
+inline std::vector<index_t> ids_of(const char* name, py::handle object, const Shape& shape) {
+  const py::array a = array_of(name, object);
+  if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u')
+    wrong_type(name, "an array of integers", dtype_name(a));
+  if (shape_of(a) != shape)
+    wrong_value(name, "shape " + text_of(shape), "shape " + text_of(shape_of(a)));
+  const auto values = py::array_t<index_t, py::array::c_style | py::array::forcecast>(a);
+  return std::vector<index_t>(values.data(), values.data() + values.size());
+}
+
+// The seed of dropout, an integer of 64 bits without sign.
+inline std::uint64_t seed_of(py::handle object) {
+  const std::string expected = "an integer from 0 to 2**64 - 1";
+  if (!PyIndex_Check(object.ptr()) || PyBool_Check(object.ptr()))
+    wrong_type("seed", expected + " where dropout_p is not 0", type_name(object));
+  const py::int_ number(py::reinterpret_borrow<py::object>(object));
+  const unsigned long long seed = PyLong_AsUnsignedLongLong(number.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    wrong_value("seed", expected, py::str(object).cast<std::string>());
+  }
+  return seed;
 }
 
 inline bool is_bshd(py::handle layout) {

@@ -21,15 +21,26 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Who may know whom: cli -> train -> encoder, losses, optim -> nn -> attention -> _core.
 # "" is the package's own __init__, through which the upper storeys reach attention.
-BELOW_NN = {"", "_attention", "_core"}
+BELOW_NN = {"", "_attention", "_core", "_varlen"}
 MAY_IMPORT = {
     "_core": set(),
     "reference": set(),
     "_attention": {"_core"},
+    "_varlen": {"_core", "_attention"},
+    "_runtime": {"_core"},
     "_faces": {"_attention", "_core", ""},
     "_kvcache": {"_attention"},
     "_states": set(),
-    "": {"_attention", "_core", "_faces", "_kvcache", "_states", "reference"},
+    "": {
+        "_attention",
+        "_core",
+        "_faces",
+        "_kvcache",
+        "_runtime",
+        "_states",
+        "_varlen",
+        "reference",
+    },
     "nn": BELOW_NN,
     "losses": {"nn"} | BELOW_NN,
     "optim": {"nn"} | BELOW_NN,

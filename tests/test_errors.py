@@ -7,14 +7,6 @@ import fusedattn
 from tests.strategies import make
 
 SIZES = {"lead": (2,), "h": 4, "hkv": 2, "sq": 5, "sk": 6, "d": 8, "dv": 3}
-NOT_YET = {
-    "softcap": 1.0,
-    "alibi_slopes": np.ones(4, np.float32),
-    "sinks": np.ones(4, np.float32),
-    "segment_ids": np.zeros((2, 5), int),
-    "dropout_p": 0.5,
-    "seed": 1,
-}
 
 
 def zeros(*shape, dtype=np.float32):
@@ -68,6 +60,20 @@ WRONG = [
     ("kv_lengths", np.array([1, 7]), ValueError, "7"),
     ("kv_lengths", np.array([1, 2, 3]), ValueError, r"\(3,\)"),
     ("kv_lengths", np.array([1.0, 2.0]), TypeError, "float64"),
+    ("softcap", -1.0, ValueError, "-1"),
+    ("softcap", np.nan, ValueError, "nan"),
+    ("alibi_slopes", zeros(3), ValueError, r"\(3,\)"),
+    ("alibi_slopes", zeros(2, 3), ValueError, r"\(2, 3\)"),
+    ("alibi_slopes", np.ones(4, int), TypeError, "int64"),
+    ("sinks", zeros(2), ValueError, r"\(2,\)"),
+    ("sinks", [1.0] * 4, TypeError, "list"),
+    ("segment_ids", np.zeros((2, 5), int), ValueError, r"\(2, 5\)"),
+    ("segment_ids", (np.zeros((2, 5), int),), ValueError, "1"),
+    ("segment_ids", (np.zeros((2, 5), int), np.zeros((2, 5), int)), ValueError, r"\(2, 5\)"),
+    ("segment_ids", (zeros(2, 5), np.zeros((2, 6), int)), TypeError, "float32"),
+    ("dropout_p", -0.1, ValueError, "-0.1"),
+    ("dropout_p", 1.5, ValueError, "1.5"),
+    ("dropout_p", "half", TypeError, "str"),
     ("layout", "sbhd", ValueError, "sbhd"),
     ("num_threads", 0, ValueError, "0"),
     ("num_threads", -2, ValueError, "-2"),
@@ -96,27 +102,6 @@ def test_wrong_argument(argument, wrong, error, came):
         call({argument: wrong}, out)
     assert "\n" not in str(caught.value)
     assert np.all(out == 7)
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_rules_not_there_yet_are_refused_by_name(name):
-    out = np.full((2, 4, 5, 3), 7, np.float32)
-    with pytest.raises(NotImplementedError, match=rf"\b{name}\b"):
-        call({name: NOT_YET[name]}, out)
-    assert np.all(out == 7)
-    p = make(SIZES)
-    with pytest.raises(NotImplementedError, match=rf"\b{name}\b"):
-        fusedattn.attention_vjp(p.q, p.k, p.v, **{name: NOT_YET[name]})
-
-
-@pytest.mark.parametrize(
-    ("name", "option"), [("dlse", {"dlse": zeros(2, 4, 5)}), ("need", {"need": ("q", "sinks")})]
-)
-def test_gradients_not_there_yet_are_refused_by_name(name, option):
-    p = make(SIZES)
-    out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True)
-    with pytest.raises(NotImplementedError, match=rf"^{name}\b"):
-        fusedattn.attention_backward(p.dout, p.q, p.k, p.v, out, lse, **option)
 
 
 def test_unknown_argument():
@@ -167,6 +152,10 @@ def test_huge_sizes_are_refused(shapes):
         ("out", zeros(2, 4, 5, 3).tolist(), TypeError, "list"),
         ("lse", zeros(2, 5, 4), ValueError, r"\(2, 5, 4\)"),
         ("lse", zeros(2, 4, 5, dtype=np.float64), TypeError, "float64"),
+        ("dlse", zeros(2, 5, 4), ValueError, r"\(2, 5, 4\)"),
+        ("dlse", zeros(2, 4, 5, dtype=np.float64), TypeError, "float64"),
+        ("need", ("q", "sinks"), ValueError, "sinks=None"),
+        ("need", ("q", "bias"), ValueError, "bias=None"),
         ("need", ("q", "queries"), ValueError, "queries"),
         ("need", "qkw", (TypeError, ValueError), "qkw|w"),
         ("k", zeros(2, 3, 6, 8), ValueError, "3"),
@@ -182,6 +171,21 @@ def test_wrong_argument_of_backward(argument, wrong, error, came):
     arguments = {"dout": p.dout, "q": p.q, "k": p.k, "v": p.v, "out": out, "lse": lse}
     with pytest.raises(error, match=rf"^{argument}: expected .*, got .*({came})"):
         fusedattn.attention_backward(**(arguments | {argument: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**64, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_wrong_seed(seed, error):
+    with pytest.raises(error, match=r"^seed: expected .*, got "):
+        call({"dropout_p": 0.5, "seed": seed}, None)
+
+
+def test_backward_of_dropout_wants_the_seed():
+    p = make(SIZES)
+    out, lse = fusedattn.attention(p.q, p.k, p.v, dropout_p=0.5, return_lse=True)
+    with pytest.raises(TypeError, match="^seed: expected"):
+        fusedattn.attention_backward(p.dout, p.q, p.k, p.v, out, lse, dropout_p=0.5)
 
 
 @pytest.mark.parametrize("n", [0, -1])

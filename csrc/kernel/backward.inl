@@ -3,8 +3,11 @@
 //
 //   P  = exp2(S * log2(e) - lse2)          S as in forward, from packed K^T
 //   dP = dout v^T                          from packed V^T
-//   dS = P * (dP - delta)                  delta = rowsum(dout * out) = rowsum(P * dP)
-//   dv += P^T dout,  dk += scale * dS^T q,  dq += scale * dS k,  dbias += dS
+//   dS = P * (dP - delta)                  delta = rowsum(dout * out) - dlse
+//   dv += P^T dout,  dbias += dS,  dk += scale * dS^T q,  dq += scale * dS k
+//
+// With dropout, kept entries of dP and of the P in dv are scaled by 1 / (1 - p), others are 0; with
+// a softcap, dS is multiplied by 1 - tanh^2 once the bias has had its part.
 //
 // Keys lie in the lanes: K^T and V^T are packed once for the block, rows of q and dout are
 // broadcast from where they are, and the three gradient products read P and dS by broadcast and
@@ -26,10 +29,11 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
     if (cover == Cover::none) return false;
     use_mask = cover == Cover::some;
   }
-  const bool dense = rules.bias.data || use_mask;
-  strips.whole = !dense && span.all.low <= b.k0 && span.all.high >= b.k0 + b.nk;
+  const bool dense = has_dense(rules, use_mask);
+  strips.whole = span.all.low <= b.k0 && span.all.high >= b.k0 + b.nk;
+  strips.plain = strips.whole && !dense && !b.bent && !b.keep;
   strips.count = int((nq + STRIP - 1) / STRIP);
-  if (strips.whole) return true;
+  if (strips.plain) return true;
   for (int s = 0; s < strips.count; s++) {
     const index_t begin = q0 + s * STRIP, end = min_index(begin + STRIP, q0 + nq);
     const Interval any = visible_span(rules, begin, end, b.k0 + b.nk).any;
@@ -43,6 +47,7 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
         dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
       else
         for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
+      if (b.keep) keep_row<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS);
       for (index_t c = 0; c < b.nk_padded; c++)
         row[c] = c < b.nk && b.k0 + c >= v.low && b.k0 + c < v.high ? row[c] : -Bits<T>::infinity;
     }
@@ -76,8 +81,12 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
   Rules rules = h.rules;
   if (rules.mask.data) rules.mask.data += g * h.mask_head;
   if (rules.bias.data) rules.bias.data += g * h.bias_head;
+  if (h.alibi_slopes) rules.alibi_slope = h.alibi_slopes[g];
+  rules.dropout.head += uint32_t(g);
   Strips strips;
-  const bool visible = prepare_strips<E>(rules, b, q0, nq, strips);
+  const Interval seen = h.visible[q0 / BACK_QUERIES];
+  const bool visible =
+      seen.low < b.k0 + b.nk && seen.high > b.k0 && prepare_strips<E>(rules, b, q0, nq, strips);
   if (visible) {
     // 1. rows of q and dout
     Matrix qm = h.q, dm = h.dout;
@@ -90,9 +99,8 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
     const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
 
     // 2. P and dS
-    if (strips.whole) {
-      probabilities<T, false>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta,
-                              need_ds);
+    if (strips.plain) {
+      probabilities<T, true>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta, need_ds);
     } else {
       for (int s = 0; s < strips.count; s++) {
         const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
@@ -100,16 +108,25 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
         for (index_t i = begin; i < end; i++)
           for (index_t k = 0; k < b.nk_padded; k += W<T>)
             if (k < keys.low || k >= keys.high) {
-              store(b.p + i * BACK_KEYS + k, splat(T(-0.0)));
+              store(b.p + i * BACK_KEYS + k, Vec<T>{});
               store(b.ds + i * BACK_KEYS + k, Vec<T>{});
+              if (b.bent) store(b.bent + i * BACK_KEYS + k, Vec<T>{});
             }
-        probabilities<T, true>(b, q, dout, begin, end, keys, h.d, h.d_v, lse2, delta, need_ds);
+        if (!strips.whole)
+          probabilities<T, false>(b, q, dout, begin, end, keys, h.d, h.d_v, lse2, delta, need_ds);
       }
+      if (strips.whole)
+        probabilities<T, false>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta,
+                                need_ds);
+      for (int s = 0; s < strips.count; s++)
+        apply_rules<T>(b, rules, s * STRIP, min_index(s * STRIP + STRIP, nq), strips.keys[s], lse2,
+                       delta, need_ds);
     }
+    const T* ds = b.bent ? b.bent : b.ds;  // by scale * q k^T; b.ds is by the bias
 
     // 3. dv += P^T dout, dk += dS^T q (scaled at the end)
     const bool careful =
-        !strips.whole && !(all_finite<T>(q, nq, h.d) && all_finite<T>(dout, nq, h.d_v) &&
+        !strips.plain && !(all_finite<T>(q, nq, h.d) && all_finite<T>(dout, nq, h.d_v) &&
                            all_finite<T>({b.k, b.ld}, b.nk, h.d));
     if (h.dv.data) {
       if (careful)
@@ -119,9 +136,9 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
     }
     if (h.dk.data) {
       if (careful)
-        careful_accumulate<T>(b, b.ds, nq, true, q, h.d, b.dk, b.ld);
+        careful_accumulate<T>(b, ds, nq, true, q, h.d, b.dk, b.ld);
       else
-        accumulate_keys<T>(b, strips, b.ds, nq, q, h.d, b.dk, b.ld);
+        accumulate_keys<T>(b, strips, ds, nq, q, h.d, b.dk, b.ld);
     }
 
     // 4. dq += dS k (k is scaled), dbias += dS
@@ -130,9 +147,9 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
       T* dq = reinterpret_cast<T*>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
       const index_t dq_row = h.dq.row / index_t(sizeof(T));
       if (careful)
-        careful_accumulate<T>(b, b.ds, nq, false, {b.k, b.ld}, h.d, dq, dq_row);
+        careful_accumulate<T>(b, ds, nq, false, {b.k, b.ld}, h.d, dq, dq_row);
       else
-        accumulate_queries<T>(b, strips, nq, h.d, dq, dq_row);
+        accumulate_queries<T>(b, strips, ds, nq, h.d, dq, dq_row);
     }
     if (h.dbias.data && bias_per_key) {
       accumulate_bias<T>(b, strips, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(T))}, nq);
@@ -164,7 +181,7 @@ template <class E> static size_t backward_scratch(const BackwardHead& h) {
   using T = Compute<E>;
   const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
   const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v +
-                           BACK_QUERIES * (ld + ld_v) + 3 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
+                           BACK_QUERIES * (ld + ld_v) + 5 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
   return size_t(elements) * sizeof(T) + 16 * 64;
 }
 
@@ -182,6 +199,8 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   b.p = carve<T>(free, BACK_QUERIES * BACK_KEYS);
   b.ds = carve<T>(free, BACK_QUERIES * BACK_KEYS);
   b.dense = carve<T>(free, BACK_QUERIES * BACK_KEYS);
+  b.bent = h.rules.softcap > 0 ? carve<T>(free, BACK_QUERIES * BACK_KEYS) : nullptr;
+  b.keep = h.rules.dropout.threshold ? carve<T>(free, BACK_QUERIES * BACK_KEYS) : nullptr;
   b.k = carve<T>(free, BACK_KEYS * b.ld);
   b.dk = carve<T>(free, BACK_KEYS * b.ld);
   b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
@@ -191,7 +210,7 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
   b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
 
-  pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(h.scale * LOG2E), b.kt, BACK_KEYS);
+  pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(logit_scale(h.scale, h.rules)), b.kt, BACK_KEYS);
   pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
   copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
   __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
@@ -205,10 +224,10 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   }
 
   if (h.dk.data) store_rows<E>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
-  if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(1), h.dv, b.k0, b.nk, h.d_v);
+  if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
 }
 
-// delta = rowsum(dout * out) and lse2 = lse * log2(e) for queries [begin, end).
+// delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e) for queries [begin, end).
 template <class E> static void delta(const DeltaHead& h, index_t begin, index_t end) {
   using T = Compute<E>;
   const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
@@ -224,7 +243,9 @@ template <class E> static void delta(const DeltaHead& h, index_t begin, index_t 
       sum = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
                    gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum);
     }
-    static_cast<T*>(h.delta)[q] = sum_lanes<T>(sum);
+    T dlse = 0;
+    if (h.dlse) __builtin_memcpy(&dlse, h.dlse + q * h.dlse_step, sizeof(T));
+    static_cast<T*>(h.delta)[q] = sum_lanes<T>(sum) - dlse;
     static_cast<T*>(h.lse2)[q] = static_cast<const T*>(h.lse)[q] * T(LOG2E);
   }
 }
@@ -236,4 +257,10 @@ static void round_rows(const void* sums, const Matrix& dst, index_t begin, index
   using T = Compute<E>;
   store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(1), dst, begin, end - begin,
                 cols);
+}
+
+// Keys that some query of each block of BACK_QUERIES sees.
+static void visible_blocks(const Rules& rules, index_t sq, index_t sk, Interval* blocks) {
+  for (index_t q = 0; q < sq; q += BACK_QUERIES)
+    *blocks++ = visible_span(rules, q, min_index(q + BACK_QUERIES, sq), sk).any;
 }

@@ -6,7 +6,8 @@ inline constexpr index_t BACK_KEYS = 64, BACK_QUERIES = 64, STRIP = 16;
 // Where the tile's rows may look: for each strip of STRIP queries the keys [begin, end) that are
 // computed.
 struct Strips {
-  bool whole;  // every query sees every key of the block and there is no dense part
+  bool plain;  // every query sees every key of the block, and no rule changes a logit
+  bool whole;  // every strip computes every key
   int count;
   Interval keys[BACK_QUERIES / STRIP];
 };
@@ -16,17 +17,14 @@ template <class T> struct BackwardBlock {
   T *kt, *vt;         // (d, BACK_KEYS) K^T * scale * log2(e); (d_v, BACK_KEYS) V^T
   T* k;               // (BACK_KEYS, ld) K * scale
   T *p, *ds, *dense;  // (BACK_QUERIES, BACK_KEYS)
+  T *bent, *keep;     // likewise: dS times the slope of the softcap, dropout's 0 or 1; or null
   T *q_copy, *dout_copy, *dk, *dv;
   T* dbias;          // (BACK_KEYS) if the bias is broadcast over queries
   index_t ld, ld_v;  // d, d_v rounded up to W
 };
 
-// A masked entry of P is -0: it adds nothing to a product and can be told from an honest underflow.
-template <class T> FA_INLINE IntVec<T> is_masked(Vec<T> p) {
-  return (IntVec<T>)p == (IntVec<T>)splat(T(-0.0));
-}
-
-template <class T, int NI, int NJ, bool DENSE>
+// P and dS of one register tile, or, where rules change them, S and dP in their places.
+template <class T, int NI, int NJ, bool PLAIN>
 FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t i0,
                                 index_t key, index_t d, index_t d_v, const T* lse2, const T* delta,
                                 bool need_ds) {
@@ -38,15 +36,7 @@ FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> do
     const Vec<T> l = splat(lse2[i0 + i]);
     FA_UNROLL
     for (int j = 0; j < NJ; j++) {
-      Vec<T> s = acc[i][j];
-      if constexpr (DENSE) {
-        const Vec<T> add = load(b.dense + (i0 + i) * BACK_KEYS + key + j * W<T>);
-        s = exp2<T>(s + add - l);
-        s = add == splat(-Bits<T>::infinity) ? splat(T(-0.0)) : s;
-      } else {
-        s = exp2<T>(s - l);
-      }
-      store(p + i * BACK_KEYS + j * W<T>, s);
+      store(p + i * BACK_KEYS + j * W<T>, PLAIN ? exp2<T>(acc[i][j] - l) : acc[i][j]);
       acc[i][j] = Vec<T>{};
     }
   }
@@ -57,55 +47,88 @@ FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> do
     const Vec<T> dl = splat(delta[i0 + i]);
     FA_UNROLL
     for (int j = 0; j < NJ; j++) {
-      const Vec<T> pv = load(p + i * BACK_KEYS + j * W<T>);
-      Vec<T> s = pv * (acc[i][j] - dl);
-      if constexpr (DENSE) s = is_masked<T>(pv) ? Vec<T>{} : s;
-      store(ds + i * BACK_KEYS + j * W<T>, s);
+      const Vec<T> dp = acc[i][j];
+      store(ds + i * BACK_KEYS + j * W<T>,
+            PLAIN ? load(p + i * BACK_KEYS + j * W<T>) * (dp - dl) : dp);
     }
   }
 }
-template <class T, int NI, int NJ, bool DENSE>
+
+// P and dS from S and dP by every rule, for queries [begin, end) of the block and keys of `keys`.
+template <class T>
+FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, index_t begin,
+                             index_t end, Interval keys, const T* lse2, const T* delta,
+                             bool need_ds) {
+  const Vec<T> zero{}, one = splat(T(1)), cap = splat(T(rules.softcap) * T(LOG2E)),
+                       kept = splat(T(rules.dropout.scale));
+  for (index_t i = begin; i < end; i++) {
+    const Vec<T> l = splat(lse2[i]), dl = splat(delta[i]);
+    for (index_t at = i * BACK_KEYS + keys.low; at < i * BACK_KEYS + keys.high; at += W<T>) {
+      const Vec<T> add = load(b.dense + at);
+      const IntVec<T> masked = add == splat(-Bits<T>::infinity);
+      Vec<T> s = load(b.p + at), slope = one;
+      if (b.bent) {
+        const Vec<T> t = tanh<T>(s);
+        slope = one - t * t;
+        s = cap * t;
+      }
+      Vec<T> p = exp2<T>(s + add - l);
+      p = masked ? zero : p;
+      Vec<T> dp = load(b.ds + at);
+      if (b.keep) dp *= load(b.keep + at) * kept;
+      if (need_ds) {
+        Vec<T> ds = p * (dp - dl);
+        ds = masked ? zero : ds;
+        store(b.ds + at, ds);
+        ds *= slope;
+        if (b.bent) store(b.bent + at, masked ? zero : ds);
+      }
+      store(b.p + at, b.keep ? p * load(b.keep + at) : p);
+    }
+  }
+}
+template <class T, int NI, int NJ, bool PLAIN>
 FA_INLINE void probability_rest(int rows, const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                 index_t i0, index_t key, index_t d, index_t d_v, const T* lse2,
                                 const T* delta, bool need_ds) {
   if constexpr (NI > 0) {
     if (rows == NI)
-      probability_tile<T, NI, NJ, DENSE>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
+      probability_tile<T, NI, NJ, PLAIN>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
     else
-      probability_rest<T, NI - 1, NJ, DENSE>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
+      probability_rest<T, NI - 1, NJ, PLAIN>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
                                              need_ds);
   }
 }
-template <class T, int NJ, bool DENSE>
+template <class T, int NJ, bool PLAIN>
 FA_NOINLINE void probability_columns(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                      index_t begin, index_t end, index_t key, index_t d,
                                      index_t d_v, const T* lse2, const T* delta, bool need_ds) {
   constexpr int NI = tile_rows<NJ>;
   index_t i = begin;
   for (; i + NI <= end; i += NI)
-    probability_tile<T, NI, NJ, DENSE>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
+    probability_tile<T, NI, NJ, PLAIN>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
   if (i < end)
-    probability_rest<T, NI - 1, NJ, DENSE>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
+    probability_rest<T, NI - 1, NJ, PLAIN>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
                                            need_ds);
 }
 
 // P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of
 // W.
-template <class T, bool DENSE>
+template <class T, bool PLAIN>
 FA_INLINE void probabilities(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t begin,
                              index_t end, Interval keys, index_t d, index_t d_v, const T* lse2,
                              const T* delta, bool need_ds) {
   for (index_t key = keys.low; key < keys.high;) {
     const int nj = next_group((keys.high - key) / W<T>);
     if (nj == 1)
-      probability_columns<T, 1, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+      probability_columns<T, 1, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     if (nj == 2)
-      probability_columns<T, 2, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+      probability_columns<T, 2, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     if constexpr (MAX_NJ >= 4) {
       if (nj == 3)
-        probability_columns<T, 3, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+        probability_columns<T, 3, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
       if (nj == 4)
-        probability_columns<T, 4, DENSE>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+        probability_columns<T, 4, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     }
     key += nj * W<T>;
   }
@@ -152,17 +175,17 @@ FA_INLINE void accumulate_keys(const BackwardBlock<T>& b, const Strips& strips, 
   }
 }
 
-// c (queries x n) += dS K
+// c (queries x n) += ds K
 template <class T>
-FA_INLINE void accumulate_queries(const BackwardBlock<T>& b, const Strips& strips, index_t nq,
-                                  index_t n, T* c, index_t c_row) {
-  if (strips.whole) return accumulate<T, false>(nq, n, b.nk, b.ds, BACK_KEYS, b.k, b.ld, c, c_row);
+FA_INLINE void accumulate_queries(const BackwardBlock<T>& b, const Strips& strips, const T* ds,
+                                  index_t nq, index_t n, T* c, index_t c_row) {
+  if (strips.whole) return accumulate<T, false>(nq, n, b.nk, ds, BACK_KEYS, b.k, b.ld, c, c_row);
   for (int s = 0; s < strips.count; s++) {
     const Interval keys{strips.keys[s].low, min_index(strips.keys[s].high, b.nk)};
     if (keys.low >= keys.high) continue;
     const index_t q = s * STRIP;
     accumulate<T, false>(min_index(STRIP, nq - q), n, keys.high - keys.low,
-                         b.ds + q * BACK_KEYS + keys.low, BACK_KEYS, b.k + keys.low * b.ld, b.ld,
+                         ds + q * BACK_KEYS + keys.low, BACK_KEYS, b.k + keys.low * b.ld, b.ld,
                          c + q * c_row, c_row);
   }
 }
@@ -173,7 +196,7 @@ FA_NOINLINE void accumulate_bias(const BackwardBlock<T>& b, const Strips& strips
                                  index_t nq) {
   for (index_t q = 0; q < nq; q++)
     for (index_t k = 0; k < b.nk; k++) {
-      if (!strips.whole && b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
+      if (!strips.plain && b.dense[q * BACK_KEYS + k] == -Bits<T>::infinity) continue;
       *reinterpret_cast<T*>(to.data + q * to.row + k * to.col) += b.ds[q * BACK_KEYS + k];
     }
 }

@@ -6,6 +6,27 @@
 inline constexpr float LOG2E_F = 1.4426950408889634f;
 inline constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
+// (2^f - 1) / f for f in [-1/2, 1/2], minimax in relative error.
+template <class T> FA_INLINE Vec<T> exp2m1_ratio(Vec<T> f) {
+  if constexpr (sizeof(T) == 4) {  // degree 5: 1.1e-8
+    const float c[6] = {1.5403512e-04f, 1.3390735e-03f, 9.618238e-03f,
+                        5.5503573e-02f, 2.4022649e-01f, 6.931472e-01f};
+    Vec<T> p = splat<T>(c[0]);
+    FA_UNROLL
+    for (int i = 1; i < 6; i++) p = fma<T>(p, f, splat<T>(c[i]));
+    return p;
+  } else {  // degree 10: 3.4e-18
+    const double c[11] = {4.4347712982003767e-10, 7.0737832485031333e-09, 1.0178199571842138e-07,
+                          1.3215435282308488e-06, 1.5252733493127489e-05, 1.5403530457112091e-04,
+                          1.3333558146774621e-03, 9.6181291075941201e-03, 5.5504108664820083e-02,
+                          2.4022650695910131e-01, 6.9314718055994533e-01};
+    Vec<T> p = splat<T>(c[0]);
+    FA_UNROLL
+    for (int i = 1; i < 11; i++) p = fma<T>(p, f, splat<T>(c[i]));
+    return p;
+  }
+}
+
 template <class T> FA_INLINE Vec<T> exp2_polynomial(Vec<T> f) {
   if constexpr (sizeof(T) == 4) {  // degree 5: 9.1e-8
     Vec<T> p = splat<T>(0.0013264727f);
@@ -15,14 +36,7 @@ template <class T> FA_INLINE Vec<T> exp2_polynomial(Vec<T> f) {
     p = fma<T>(p, f, splat<T>(0.69314698f));
     return fma<T>(p, f, splat<T>(1.0f));
   } else {  // degree 11: 3.4e-18
-    const double c[11] = {4.4347712982003767e-10, 7.0737832485031333e-09, 1.0178199571842138e-07,
-                          1.3215435282308488e-06, 1.5252733493127489e-05, 1.5403530457112091e-04,
-                          1.3333558146774621e-03, 9.6181291075941201e-03, 5.5504108664820083e-02,
-                          2.4022650695910131e-01, 6.9314718055994533e-01};
-    Vec<T> p = splat<T>(c[0]);
-    FA_UNROLL
-    for (int i = 1; i < 11; i++) p = fma<T>(p, f, splat<T>(c[i]));
-    return fma<T>(p, f, splat<T>(1.0));
+    return fma<T>(exp2m1_ratio<T>(f), f, splat<T>(1.0));
   }
 }
 
@@ -63,4 +77,18 @@ template <class T> FA_INLINE Vec<T> log2_positive(Vec<T> x) {
   FA_UNROLL
   for (int i = terms - 2; i >= 0; i--) p = fma<T>(p, s2, splat(T(1.0 / (2 * i + 1))));
   return fma<T>(p * s, splat(T(2 * LOG2E)), __builtin_convertvector(e, Vec<T>)) + x * splat(T(0));
+}
+
+// tanh(x) = m / (m + 2) with m = exp(2 |x|) - 1, which keeps its digits near 0: m = 2^n (2^f - 1) +
+// (2^n - 1), and 2^f - 1 is f times a polynomial. At most 4 ulp in float32.
+template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
+  using B = Bits<T>;
+  const Vec<T> zero{}, magnitude = x < zero ? -x : x, limit = splat(T(sizeof(T) == 4 ? 10 : 20));
+  const Vec<T> t = (magnitude > limit ? limit : magnitude) * splat(T(2 * LOG2E));
+  const Vec<T> z = t + splat(B::round_magic), f = t - (z - splat(B::round_magic));
+  const Vec<T> power =
+      (Vec<T>)(((IntVec<T>)z << B::mantissa) + (typename B::type(B::bias) << B::mantissa));  // 2^n
+  const Vec<T> m = fma<T>(exp2m1_ratio<T>(f) * f, power, power - splat(T(1)));
+  const Vec<T> y = m / (m + splat(T(2)));
+  return x < zero ? -y : y;
 }

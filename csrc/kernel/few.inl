@@ -73,7 +73,11 @@ template <class E, class T = Compute<E>>
 FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
   const Rules& rules = x.head->rules;
   const bool ragged = x.keys.low > k0 || x.keys.high < k0 + n;
-  x.has_dense = rules.mask.data || rules.bias.data || ragged;
+  const index_t padded = round_up<T>(n);
+  if (rules.softcap > 0)
+    for (index_t i = 0; i < padded; i += W<T>)
+      store(x.p + i, splat(T(rules.softcap) * T(LOG2E)) * tanh<T>(load(x.p + i)));
+  x.has_dense = has_dense(rules, rules.mask.data != nullptr) || ragged;
   if (x.has_dense) {
     dense_row<E>(rules, rules.mask.data != nullptr, x.query, k0, n, x.dense);
     for (index_t i = 0; i < n; i++) {
@@ -86,7 +90,6 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
   } else {
     x.seen = true;
   }
-  const index_t padded = round_up<T>(n);
   for (index_t i = n; i < padded; i++) x.p[i] = -Bits<T>::infinity;
   Vec<T> top = splat(x.max);
   for (index_t i = 0; i < padded; i += W<T>) top = max_or_second<T>(load(x.p + i), top);
@@ -198,7 +201,7 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
            1,
            false,
            false};
-      copy_rows<E>(heads[g].q, i, 1, h.d, T(h.scale * LOG2E), x.q, ld);
+      copy_rows<E>(heads[g].q, i, 1, h.d, T(logit_scale(h.scale, h.rules)), x.q, ld);
       __builtin_memset(x.o, 0, size_t(ld_v) * sizeof(T));
       if (x.keys.low >= x.keys.high) continue;
       any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
@@ -244,8 +247,8 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
 
   for (int r = 0; r < count; r++) {
     const Row<T>& x = rows[r];
-    const Finished<T> f = finished<T>(splat(x.max), splat(x.sum), splat(T(x.seen)));
-    store_rows<E>(x.o, ld_v, f.inverse[0], x.head->out, x.query, 1, h.dv);
+    const Finished<T> f = finished<T>(splat(x.max), splat(x.sum), splat(T(x.seen)), x.head->rules);
+    store_rows<E>(x.o, ld_v, f.factor[0], x.head->out, x.query, 1, h.dv);
     static_cast<T*>(x.head->lse)[x.query] = f.lse[0];
   }
 }

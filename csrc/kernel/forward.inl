@@ -48,13 +48,25 @@ template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const D
   }
 }
 
+// S = softcap * tanh(S), in log2 units; the maximum over keys joins max_io.
+template <class T, int NQ> FA_NOINLINE void bend(index_t n, T* p, T softcap, T* max_io) {
+  const Vec<T> cap = splat(softcap * T(LOG2E));
+  for (index_t i = 0; i < n; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T *at = p + (i * NQ + j) * W<T>, *max = max_io + j * W<T>;
+    const Vec<T> s = cap * tanh<T>(load(at));
+    store(at, s);
+    store(max, max_or_second<T>(s, load(max)));
+  }
+}
+
 // Fills tile[key - k0][query] for keys [k0, k1): mask and bias, and the row intervals where they
 // cut through the range.
 template <class E, class T = Compute<E>>
 FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
                                 index_t k0, index_t k1, T* tile) {
   const index_t n = k1 - k0, lanes = x.vectors * W<T>;
-  const bool dense = rules.bias.data || use_mask;
+  const bool dense = has_dense(rules, use_mask);
   if (!dense && !ragged) return {nullptr, 0, 0};
   if (dense && !ragged && dense_is_per_key(rules, use_mask)) {
     dense_row<E>(rules, use_mask, x.first, k0, n, tile);
@@ -113,9 +125,10 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
     if (n <= 0) continue;
     T* pr = p + (a - k0) * lanes;
     dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
-    const bool plain = !dense[r].data;
+    const bool bent = h.rules.softcap > 0, plain = !dense[r].data;
     const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
-    scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain ? block_max : ignored);
+    scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain && !bent ? block_max : ignored);
+    if (bent) bend<T, NQ>(n, pr, T(h.rules.softcap), plain ? block_max : ignored);
     if (plain) {
       FA_UNROLL
       for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
@@ -127,6 +140,7 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
 
   // 2. P = exp2(S - max), running maximum and sum
   exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
+  if (h.rules.dropout.threshold) drop_tile<T, NQ>(h.rules.dropout, x.first, k0, k1 - k0, p);
 
   // 3. O = O * rescale + P V
   const Rows<T> vb{v.data + (k0 - block) * v.ld, v.ld};
@@ -140,28 +154,38 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
   }
 }
 
-// What the sums become: 1 / sum, and the log-sum-exp. Nothing summed: either no key was allowed (0
-// and -inf), or every allowed logit was -inf (the softmax of -inf is NaN).
+// What the sums become: the factor of the output, and the log-sum-exp. A sink joins the sum.
+// Nothing summed: either no key was allowed (0 and -inf), or every allowed logit was -inf (the
+// softmax of -inf is NaN).
 template <class T> struct Finished {
-  Vec<T> inverse, lse;
+  Vec<T> factor, lse;
 };
-template <class T> FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> seen) {
-  const Vec<T> zero{}, empty = seen == zero ? zero : splat(T(__builtin_nan("")));
-  const Vec<T> lse = (max + log2_positive<T>(sum)) * splat(T(LN2));
-  return {sum == zero ? empty : splat(T(1)) / sum,
-          sum == zero ? empty - splat(Bits<T>::infinity) : lse};
+template <class T>
+FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> seen, const Rules& rules) {
+  const Vec<T> zero{}, nan = splat(T(__builtin_nan(""))), sink = splat(T(rules.sink * LOG2E));
+  const Vec<T> top = max_or_second<T>(sink, max), rescale = exp2<T>(max - top),
+               total = fma<T>(sum, rescale, exp2<T>(sink - top));
+  const Vec<T> lse = (top + log2_positive<T>(total)) * splat(T(LN2));
+  const Vec<T> factor = rescale / total * splat(T(rules.dropout.scale));
+  return {seen == zero    ? zero
+          : total == zero ? nan
+                          : factor,
+          seen == zero    ? splat(-Bits<T>::infinity)
+          : total == zero ? nan
+                          : lse};
 }
 
 template <class E, class T = Compute<E>>
 FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
-  alignas(64) T inverse[LANES<T>], lse[LANES<T>];
+  alignas(64) T factor[LANES<T>], lse[LANES<T>];
   for (int j = 0; j < x.vectors; j++) {
     const index_t at = j * W<T>;
-    const Finished<T> f = finished<T>(load(x.max + at), load(x.sum + at), load(x.seen + at));
-    store(inverse + at, f.inverse);
+    const Finished<T> f =
+        finished<T>(load(x.max + at), load(x.sum + at), load(x.seen + at), h.rules);
+    store(factor + at, f.factor);
     store(lse + at, f.lse);
   }
-  unpack_transposed<E>(x.o, x.vectors * W<T>, inverse, h.out, x.first, x.count, h.dv);
+  unpack_transposed<E>(x.o, x.vectors * W<T>, factor, h.out, x.first, x.count, h.dv);
   __builtin_memcpy(static_cast<T*>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
 }
 
@@ -215,7 +239,7 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
     x.max = carve<T>(free, lanes);
     x.sum = carve<T>(free, lanes);
     x.seen = carve<T>(free, lanes);
-    pack_transposed<E>(h.q, q, x.count, h.d, T(h.scale * LOG2E), x.q, lanes);
+    pack_transposed<E>(h.q, q, x.count, h.d, T(logit_scale(h.scale, h.rules)), x.q, lanes);
     __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
     for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = 0, x.seen[i] = 0;
     any.low = min_index(any.low, x.keys.any.low);

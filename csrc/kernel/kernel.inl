@@ -19,6 +19,7 @@ namespace {
 #include "kernel/tile.inl"
 #include "kernel/move.inl"
 #include "kernel/rules.inl"
+#include "kernel/dropout.inl"
 #include "kernel/forward_tiles.inl"
 #include "kernel/forward.inl"
 #include "kernel/few.inl"
@@ -37,6 +38,7 @@ template <class E> constexpr Kernels kernels() {
           few_scratch<E>,
           forward_few<E>,
           delta<E>,
+          visible_blocks,
           backward_scratch<E>,
           backward<E>,
           round_rows<E>,

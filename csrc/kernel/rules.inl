@@ -1,17 +1,18 @@
 // Which keys a query sees: an interval [low, high) for a row, and a dense part (mask, bias) for a
 // tile if need be.
 
-struct Interval {
-  index_t low, high;
-};
-
 // The one place where interval rules become keys. Query i may see keys [low, high), empty if low >=
 // high.
 FA_INLINE Interval visible_keys(const Rules& rules, index_t i) {
   if (i >= rules.q_length) return {0, 0};
   const index_t p = i + rules.q_offset;
-  return {max_index(0, p - rules.left),
-          max_index(0, min_index(rules.kv_length, p + rules.right + 1))};
+  Interval keys{max_index(0, p - rules.left),
+                max_index(0, min_index(rules.kv_length, p + rules.right + 1))};
+  if (rules.segments.keys) {
+    const Interval own = rules.segments.keys[i];
+    keys = {max_index(keys.low, own.low), min_index(keys.high, own.high)};
+  }
+  return keys;
 }
 
 // Over a range of queries: keys that some query sees lie in `any`, keys that every query sees are
@@ -56,11 +57,48 @@ FA_NOINLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t
   return any ? Cover::all : Cover::none;
 }
 
-// row[k] = bias * log2(e), or -inf where the mask forbids or the bias is -inf, for one query and
-// keys [k0, k0 + n).
+// Is there something to add to the logits, or to be told pair by pair?
+FA_INLINE bool has_dense(const Rules& rules, bool use_mask) {
+  return use_mask || rules.bias.data || rules.alibi_slope != 0 || rules.segments.q_number;
+}
+// The dense part is the same for every query (a padding mask, a bias over keys).
+FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
+  return (!rules.bias.data || rules.bias.row == 0) && (!use_mask || rules.mask.row == 0) &&
+         rules.alibi_slope == 0 && !rules.segments.q_number;
+}
+
+// Queries are multiplied by this on their way in: logits come out in log2 units, or ready for tanh.
+FA_INLINE double logit_scale(double scale, const Rules& rules) {
+  return rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
+}
+
+template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
+  const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
+  return bias == splat(-Bits<T>::infinity) ? bias : max_or_second<T>(splat(Bits<T>::lowest), sum);
+}
+
+// row[k] = what is added to the logits of one query and keys [k0, k0 + n), times log2(e): ALiBi and
+// bias; -inf where mask or segments forbid or the bias is -inf. A bias so low that its product
+// would be -inf stays finite: where all of a row is that low, no key is masked. Writes up to a
+// multiple of W.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void dense_row(const Rules& rules, bool use_mask, index_t q, index_t k0, index_t n,
                            T* row) {
+  const Vec<T> zero{};
+  if (rules.alibi_slope != 0) {
+    // Small integers, exact; counted from a fixed key, so that the bits do not depend on k0.
+    const index_t from = k0 / 64 * 64;
+    const Vec<T> position = splat(T(q + rules.q_offset - from)),
+                 slope = splat(T(-rules.alibi_slope * LOG2E));
+    Vec<T> key = splat(T(k0 - from)) + lane_numbers<T>();
+    for (index_t k = 0; k < n; k += W<T>) {
+      const Vec<T> ahead = key - position;
+      store(row + k, slope * (ahead < zero ? -ahead : ahead));
+      key += splat(T(W<T>));
+    }
+  } else {
+    for (index_t k = 0; k < n; k += W<T>) store(row + k, zero);
+  }
   if (rules.bias.data) {
     const char* p = rules.bias.data + q * rules.bias.row + k0 * rules.bias.col;
     const bool native = is_native<E>({rules.bias.data, 0, rules.bias.col}) &&
@@ -68,14 +106,12 @@ FA_NOINLINE void dense_row(const Rules& rules, bool use_mask, index_t q, index_t
     index_t k = 0;
     if (native)
       for (; k + W<T> <= n; k += W<T>)
-        store(row + k, load_as<E>(p + k * rules.bias.col) * splat(T(LOG2E)));
+        store(row + k, add_bias<T>(load_as<E>(p + k * rules.bias.col), load(row + k)));
     for (; k < n; k += W<T>) {
       const int left = int(min_index(W<T>, n - k));
-      store_n(row + k, gather_as<E>(p + k * rules.bias.col, rules.bias.col, left) * splat(T(LOG2E)),
-              left);
+      const Vec<T> bias = gather_as<E>(p + k * rules.bias.col, rules.bias.col, left);
+      store(row + k, add_bias<T>(bias, load(row + k)));
     }
-  } else {
-    for (index_t k = 0; k < n; k++) row[k] = T(0);
   }
   if (use_mask) {
     const char* p = rules.mask.data + q * rules.mask.row + k0 * rules.mask.col;
@@ -84,9 +120,8 @@ FA_NOINLINE void dense_row(const Rules& rules, bool use_mask, index_t q, index_t
     else
       for (index_t k = 0; k < n; k++) row[k] = p[k * rules.mask.col] ? row[k] : -Bits<T>::infinity;
   }
-}
-
-// The dense part is the same for every query (a padding mask, a bias over keys).
-FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
-  return (!rules.bias.data || rules.bias.row == 0) && (!use_mask || rules.mask.row == 0);
+  if (rules.segments.q_number) {
+    const int32_t own = rules.segments.q_number[q], *p = rules.segments.k_number + k0;
+    for (index_t k = 0; k < n; k++) row[k] = p[k] == own ? row[k] : -Bits<T>::infinity;
+  }
 }

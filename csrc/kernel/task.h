@@ -20,15 +20,40 @@ struct Matrix {
   index_t row, col;
 };
 
-// Which keys a query may see, and what is added to its logits. Interval rules first; a dense part
-// if need be.
+struct Interval {
+  index_t low, high;
+};
+
+// Documents packed in one row: a query sees the keys of its own segment. keys[i] is the interval
+// from the first to the last key of query i's segment. Where segments lie scattered, numbers tell
+// which keys of the interval belong to it; where none does, they are null.
+struct Segments {
+  const Interval* keys;                     // (sq); null: no such rule
+  const std::int32_t *q_number, *k_number;  // (sq), (sk)
+};
+
+// Dropout of probabilities: entry (i, j) is kept where word j % 4 of Philox (kernel/dropout.inl)
+// for the counter (j / 4, i, head, batch) is at least `threshold`. 0: no dropout.
+struct Dropout {
+  std::uint32_t threshold, head, batch;
+  std::uint64_t seed;
+  double scale;  // of what is kept, 1 / (1 - p)
+};
+
+// Which keys a query may see, and what becomes of its logits and probabilities. Interval rules
+// first; a dense part if need be.
 struct Rules {
   index_t q_offset;     // position of query 0 among the keys
   index_t left, right;  // a query at position p sees keys p - left to p + right; causal: right = 0
   index_t q_length;     // queries at and beyond it are padding and see nothing
   index_t kv_length;    // keys at and beyond it are padding; at most sk
-  Matrix mask;          // (sq, sk) of bytes, 0 = masked; data null if there is none
-  Matrix bias;  // (sq, sk) of the element type, natural-log units; data null if there is none
+  Segments segments;
+  Matrix mask;     // (sq, sk) of bytes, 0 = masked; data null if there is none
+  Matrix bias;     // (sq, sk) of the element type, natural-log units; data null if there is none
+  double softcap;  // logits become softcap * tanh(logits / softcap); 0: they do not
+  double alibi_slope;  // logits fall by it with each position between query and key
+  double sink;         // a logit that joins the sum only; -inf: none
+  Dropout dropout;
 };
 
 // One query head against its key/value head.
@@ -70,17 +95,21 @@ struct BackwardHead {
   index_t stat_head;         // elements from one query head to the next in lse2 and delta
   index_t group, sq, sk, d, d_v;
   double scale;
-  Rules rules;  // mask and bias of the first query head
+  Rules rules;                 // of the first query head
+  const double* alibi_slopes;  // (group); null: none
+  const Interval* visible;     // keys that a block of queries sees, one interval a block
   Turns dq_turns,
       bias_turns;  // bias: one turn for all query blocks if the bias is broadcast over queries
   void (*wait_for_turn)(int* turn, int ordinal, const void* call);
   const void* call;
 };
 
-// rowsum(dout * out) and the scaled LSE of one query head.
+// rowsum(dout * out) - dlse and the scaled LSE of one query head.
 struct DeltaHead {
-  Matrix out, dout;    // (sq, dv)
-  const void* lse;     // (sq)
+  Matrix out, dout;  // (sq, dv)
+  const void* lse;   // (sq)
+  const char* dlse;  // (sq), dlse_step bytes apart, compute type; null: 0
+  index_t dlse_step;
   void *lse2, *delta;  // (sq)
   index_t dv;
 };
@@ -97,6 +126,7 @@ struct Kernels {
   std::size_t (*few_scratch)(const ForwardHead&);
   void (*forward_few)(const ForwardHead* heads, index_t group, void* scratch);
   void (*delta)(const DeltaHead&, index_t q_begin, index_t q_end);
+  void (*visible_blocks)(const Rules&, index_t sq, index_t sk, Interval* blocks);
   std::size_t (*backward_scratch)(const BackwardHead&);
   void (*backward)(const BackwardHead&, index_t key_block, void* scratch);
   void (*round)(const void* sums, const Matrix& dst, index_t begin, index_t end, index_t cols);

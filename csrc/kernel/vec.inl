@@ -54,6 +54,14 @@ template <class T> FA_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::loose*>(p) = v;
 }
 
+// 0, 1, 2, ...
+template <class T> FA_INLINE Vec<T> lane_numbers() {
+  Vec<T> v{};
+  FA_UNROLL
+  for (int i = 0; i < W<T>; i++) v[i] = T(i);
+  return v;
+}
+
 // The first n of W elements (0 <= n <= W); the rest read as 0 and are not written.
 #if FUSEDATTN_VECTOR_BYTES == 64
 FA_INLINE Vec<float> load_n(const float* p, int n) {

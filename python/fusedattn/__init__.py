@@ -5,17 +5,14 @@ from fusedattn._attention import (
     AttentionGradients,
     attention,
     attention_backward,
-    attention_varlen,
-    attention_varlen_backward,
     attention_vjp,
-    cpu_info,
-    get_num_threads,
-    set_num_threads,
 )
 from fusedattn._core import __version__
 from fusedattn._faces import scaled_dot_product_attention
 from fusedattn._kvcache import KVCache, attention_with_kvcache
+from fusedattn._runtime import cpu_info, get_num_threads, set_num_threads
 from fusedattn._states import merge_attention_states, merge_attention_states_backward
+from fusedattn._varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
     "AttentionGradients",

@@ -6,6 +6,7 @@ query and key lengths, D head dimension of q and k, Dv of v.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,26 +27,22 @@ class AttentionGradients(NamedTuple):
     dsinks: Array | None
 
 
-def _refuse(**rules: Any) -> None:
-    """Raise for a rule that is part of the interface but not of this version."""
-    for name, value in rules.items():
-        if value is not None and not (name in ("softcap", "dropout_p") and value == 0.0):
-            raise NotImplementedError(f"{name}: this rule is not implemented yet; leave it out")
+GRADIENTS = ("q", "k", "v", "bias", "sinks")
 
 
-def _rules(
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: Any = False,
-    q_offset: Any = 0,
-    window: Any = None,
-    scale: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-) -> tuple[Any, ...]:
-    """The rules in the order in which the core reads them."""
-    return (mask, bias, is_causal, q_offset, window, scale, q_lengths, kv_lengths)
+def needs_of(need: Sequence[str]) -> tuple[bool, ...]:
+    """Whether each of `GRADIENTS` is needed."""
+    if isinstance(need, str):
+        need = (need,)
+    for name in need:
+        if name not in GRADIENTS:
+            raise ValueError(f"need: expected names among {GRADIENTS}, got {name!r}")
+    return tuple(name in need for name in GRADIENTS)
+
+
+def seed_of(seed: Any, dropout_p: Any) -> Any:
+    """A fresh seed where dropout wants one and none was given."""
+    return int.from_bytes(os.urandom(8), "little") if seed is None and dropout_p else seed
 
 
 def attention(
@@ -75,13 +72,14 @@ def attention(
     """Softmax attention, ``softmax(scale * q @ k^T + bias) @ v``, without the score matrix.
 
     Online softmax in tiles (Milakov and Gimelshein, 2018; Dao et al., *FlashAttention*, 2022). The
-    logits are ``s_ij = scale * (q_i . k_j) + bias_ij``, minus infinity where a rule forbids the
-    pair (i, j); the softmax runs over j. Scratch memory is linear in the lengths.
+    logits are ``s_ij = scale * (q_i . k_j)``, then softcap, ALiBi and bias in this order, minus
+    infinity where a rule forbids the pair (i, j); the softmax runs over j. Scratch memory is linear
+    in the lengths. B below is the number of samples, the product of the leading dimensions.
 
     Parameters
     ----------
     q : array, shape (..., H, Sq, D), or (..., Sq, H, D) with ``layout="bshd"``
-        Queries, float32 or float64; NumPy or anything with ``__array__`` or DLPack on the CPU. Any
+        Queries, float32, float64, float16 or bfloat16 (ml_dtypes); NumPy or anything with ``__array__`` or DLPack on the CPU. Any
         number of leading dimensions, any strides; (S, D) is a single head.
     k : array, shape (..., Hkv, Sk, D) or (..., Sk, Hkv, D)
         Keys. Hkv divides H: query head h reads key/value head ``h // (H // Hkv)``.
@@ -107,8 +105,22 @@ def attention(
         Default Sq.
     kv_lengths : int or integer array of shape (B,), optional
         Keys at and beyond this position are padding. Default Sk.
-    softcap, alibi_slopes, sinks, segment_ids, dropout_p, seed
-        Not implemented yet; must be left at their defaults.
+    softcap : float, default 0
+        If positive, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, 2024).
+    alibi_slopes : float array of shape (H,) or (B, H), optional
+        Logits fall by ``slope * |i + q_offset - j|`` (Press et al., *ALiBi*, 2022).
+    sinks : float array of shape (H,), optional
+        A logit for each head that joins the sum of its softmax, and the LSE, but has no value
+        (Xiao et al., *Attention sinks*, 2024).
+    segment_ids : integer array of shape (B, S), or a pair ((B, Sq), (B, Sk)), optional
+        A query sees the keys whose number equals its own: documents packed in one row.
+    dropout_p : float, default 0
+        Each probability is dropped with this probability; what is kept is divided by
+        ``1 - dropout_p``. Philox4x32-10 (Salmon et al., 2011) keyed by seed, sample, head, query
+        and key decides: :func:`fusedattn.reference.dropout_mask` gives the same mask.
+    seed : int, optional
+        From 0 to 2**64 - 1; by default a fresh one, which leaves no way to the gradients but
+        :func:`attention_vjp`.
     layout : {"bhsd", "bshd"}, default "bhsd"
     out : array, optional
         Where to write the result: shape and dtype of the result, memory of its own, any strides.
@@ -122,15 +134,14 @@ def attention(
     out : array, shape of q with Dv in place of D
         0 for a query that sees no key.
     lse : array, shape (..., H, Sq), only with ``return_lse=True``
-        Natural-log sum of exp of the logits; minus infinity for a query that sees no key.
+        Natural-log sum of exp of the logits, the sink's included; minus infinity for a query that
+        sees no key.
 
     Raises
     ------
     TypeError, ValueError
         Wrong input; the message names the argument, what was expected and what came. Nothing is
         written to `out`.
-    NotImplementedError
-        A rule or dtype that is not there yet.
 
     Notes
     -----
@@ -145,33 +156,11 @@ def attention(
     >>> attention(x, x, x, is_causal=True).shape
     (1, 2, 3, 4)
     """
-    _refuse(
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
-    rules = _rules(
-        mask=mask, bias=bias, is_causal=is_causal, q_offset=q_offset, window=window, scale=scale,
-        q_lengths=q_lengths, kv_lengths=kv_lengths,
+    rules = (
+        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
+        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
     )  # fmt: skip
     return _core.attention(q, k, v, rules, layout, out, num_threads, return_lse)
-
-
-def _needs(
-    need: Sequence[str], known: tuple[str, ...] = ("q", "k", "v", "bias")
-) -> tuple[bool, ...]:
-    """Whether dq, dk, dv and dbias are needed."""
-    if isinstance(need, str):
-        need = (need,)
-    for name in need:
-        if name == "sinks":
-            raise NotImplementedError("need: 'sinks' is not implemented yet; leave it out")
-        if name not in known:
-            raise ValueError(f"need: expected names among {known}, got {name!r}")
-    return tuple(name in need for name in ("q", "k", "v", "bias"))
 
 
 def attention_backward(
@@ -205,7 +194,10 @@ def attention_backward(
 
     With ``P = exp(S - lse)``, ``dP = dout v^T`` and ``delta = rowsum(dout * out)``:
     ``dS = P * (dP - delta)``, ``dv = P^T dout``, ``dq = scale * dS k``, ``dk = scale * dS^T q``,
-    ``dbias = dS`` summed over the axes along which the bias was broadcast (Dao et al., 2022).
+    ``dbias = dS`` summed over the axes along which the bias was broadcast (Dao et al., 2022). With
+    dropout P is the kept and scaled one, but in ``dS``; with a softcap, ``dS`` times
+    ``1 - tanh**2`` gives dq and dk; dlse is taken from delta; ``dsinks = -sum_i exp(sink - lse_i)
+    * delta_i``.
 
     Parameters
     ----------
@@ -215,10 +207,10 @@ def attention_backward(
         As given to :func:`attention`, and likewise every rule.
     out, lse : arrays
         As :func:`attention` returned them with ``return_lse=True``.
-    need : sequence of {"q", "k", "v", "bias"}, default ("q", "k", "v")
+    need : sequence of {"q", "k", "v", "bias", "sinks"}, default ("q", "k", "v")
         Which gradients to compute.
-    dlse : None
-        Gradient by lse; not implemented yet.
+    dlse : array, shape of lse, optional
+        Gradient of the scalar by lse; default 0.
 
     Returns
     -------
@@ -228,26 +220,17 @@ def attention_backward(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError
         As :func:`attention`.
     """
-    _refuse(
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        dropout_p=dropout_p,
-        seed=seed,
-        dlse=dlse,
-    )
-    rules = _rules(
-        mask=mask, bias=bias, is_causal=is_causal, q_offset=q_offset, window=window, scale=scale,
-        q_lengths=q_lengths, kv_lengths=kv_lengths,
+    rules = (
+        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
+        kv_lengths, segment_ids, dropout_p, seed,
     )  # fmt: skip
     gradients = _core.attention_backward(
-        dout, q, k, v, out, lse, rules, layout, num_threads, _needs(need)
+        dout, q, k, v, out, lse, dlse, rules, layout, num_threads, needs_of(need)
     )
-    return AttentionGradients(*gradients, None)
+    return AttentionGradients(*gradients)
 
 
 def attention_vjp(
@@ -258,184 +241,38 @@ def attention_vjp(
     need: Sequence[str] = ("q", "k", "v"),
     num_threads: int | None = None,
     **rules: Any,
-) -> tuple[Array, Callable[[Any], AttentionGradients]]:
+) -> tuple[Array, Callable[..., AttentionGradients]]:
     """Attention and its vector-Jacobian product.
 
     Parameters
     ----------
     q, k, v, num_threads, **rules
         As in :func:`attention`; `out` and `return_lse` have no meaning here.
-    need : sequence of {"q", "k", "v", "bias"}, default ("q", "k", "v")
+    need : sequence of {"q", "k", "v", "bias", "sinks"}, default ("q", "k", "v")
         Which gradients `vjp` computes.
 
     Returns
     -------
     out : array
     vjp : function
-        ``vjp(dout)`` gives the :class:`AttentionGradients` of ``sum(dout * out)``.
+        ``vjp(dout, dlse=None)`` gives the :class:`AttentionGradients` of ``sum(dout * out) +
+        sum(dlse * lse)``.
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError
         As :func:`attention`.
     """
     for name in ("out", "return_lse"):
         if name in rules:
             raise TypeError(f"{name}: not an argument of attention_vjp")
-    _needs(need)
+    needs_of(need)
+    rules["seed"] = seed_of(rules.get("seed"), rules.get("dropout_p"))
     out, lse = attention(q, k, v, num_threads=num_threads, return_lse=True, **rules)
 
-    def vjp(dout: Any) -> AttentionGradients:
+    def vjp(dout: Any, dlse: Any = None) -> AttentionGradients:
         return attention_backward(
-            dout, q, k, v, out, lse, need=need, num_threads=num_threads, **rules
+            dout, q, k, v, out, lse, dlse=dlse, need=need, num_threads=num_threads, **rules
         )
 
     return out, vjp
-
-
-def attention_varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    *,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    out: Array | None = None,
-    num_threads: int | None = None,
-    return_lse: bool = False,
-) -> Any:
-    """Attention over sequences packed end to end: sequence n sees its own keys only.
-
-    Parameters
-    ----------
-    q : array, shape (Tq, H, D)
-        Queries of all sequences; any strides, so a view of a fused projection will do.
-    k : array, shape (Tk, Hkv, D)
-    v : array, shape (Tk, Hkv, Dv)
-    cu_seqlens_q, cu_seqlens_k : integer arrays, shape (N + 1,)
-        Sequence n is rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; ascending from 0 to the
-        packed length. Empty sequences are allowed.
-    is_causal, window, scale, out, num_threads, return_lse
-        As in :func:`attention`.
-    q_offset : int or integer array of shape (N,), default 0
-
-    Returns
-    -------
-    out : array, shape (Tq, H, Dv)
-    lse : array, shape (H, Tq), only with ``return_lse=True``
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention`.
-    """
-    rules = _rules(is_causal=is_causal, q_offset=q_offset, window=window, scale=scale)
-    return _core.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, rules, out, num_threads, return_lse
-    )
-
-
-def attention_varlen_backward(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    *,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    need: Sequence[str] = ("q", "k", "v"),
-    num_threads: int | None = None,
-) -> AttentionGradients:
-    """Gradients of :func:`attention_varlen`.
-
-    Parameters
-    ----------
-    dout, out : arrays, shape (Tq, H, Dv)
-    lse : array, shape (H, Tq)
-    q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, q_offset, window, scale, num_threads
-        As given to :func:`attention_varlen`.
-    need : sequence of {"q", "k", "v"}, default all three
-
-    Returns
-    -------
-    AttentionGradients
-
-    Raises
-    ------
-    TypeError, ValueError, NotImplementedError
-        As :func:`attention`.
-    """
-    rules = _rules(is_causal=is_causal, q_offset=q_offset, window=window, scale=scale)
-    gradients = _core.attention_varlen_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rules, num_threads,
-        _needs(need, ("q", "k", "v")),
-    )  # fmt: skip
-    return AttentionGradients(*gradients, None)
-
-
-def cpu_info() -> dict[str, Any]:
-    """What runs here.
-
-    Returns
-    -------
-    dict
-        ``isa`` the instruction set in use, ``isas`` those this CPU runs (best last), ``isas_built``
-        those in this build, ``num_threads``, ``parallel`` what the parallel loop stands on,
-        ``compiler``, ``build_type``, ``cpu`` the model's name.
-
-    Raises
-    ------
-    ValueError
-        If FUSEDATTN_ISA names an instruction set that is unknown or not supported here.
-    """
-    import platform
-
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(
-                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
-                name,
-            )
-    except OSError:
-        pass
-    return {**_core.cpu_info(), "cpu": name}
-
-
-def get_num_threads() -> int:
-    """Threads that a call uses by default.
-
-    Returns
-    -------
-    int
-        What :func:`set_num_threads` chose, else FUSEDATTN_NUM_THREADS, else OpenMP's number
-        (OMP_NUM_THREADS), else the CPUs this process may run on; a limit set through threadpoolctl
-        lowers it.
-    """
-    return _core.get_num_threads()
-
-
-def set_num_threads(n: int | None) -> None:
-    """Choose the default number of threads.
-
-    Parameters
-    ----------
-    n : int or None
-        At least 1; None goes back to the environment's choice. Results do not depend on it.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Not an integer, or out of range.
-    """
-    _core.set_num_threads(n)

@@ -21,11 +21,12 @@ def attention_backward(
     v: Any,
     out: Any,
     lse: Any,
+    dlse: Any,
     rules: tuple[Any, ...],
     layout: Any,
     num_threads: int | None,
     need: tuple[bool, ...],
-) -> tuple[Any, Any, Any, Any]: ...
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def attention_varlen(
     q: Any,
     k: Any,
@@ -44,12 +45,13 @@ def attention_varlen_backward(
     v: Any,
     out: Any,
     lse: Any,
+    dlse: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     rules: tuple[Any, ...],
     num_threads: int | None,
     need: tuple[bool, ...],
-) -> tuple[Any, Any, Any, Any]: ...
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int | None) -> None: ...
 def cpu_info() -> dict[str, Any]: ...

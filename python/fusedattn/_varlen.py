@@ -1,0 +1,139 @@
+"""Attention over sequences of different lengths, packed end to end: no padding anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from fusedattn import _core
+from fusedattn._attention import Array, AttentionGradients, needs_of, seed_of
+
+
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike = 0,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+    segment_ids: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention over sequences packed end to end: sequence n sees its own keys only.
+
+    Every rule of :func:`fusedattn.attention` holds inside each sequence, counted from its start;
+    the result is what that function gives for the padded arrays, bit for bit.
+
+    Parameters
+    ----------
+    q : array, shape (Tq, H, D)
+        Queries of all sequences; any strides, so a view of a fused projection will do.
+    k : array, shape (Tk, Hkv, D)
+    v : array, shape (Tk, Hkv, Dv)
+    cu_seqlens_q, cu_seqlens_k : integer arrays, shape (N + 1,)
+        Sequence n is rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``; ascending from 0 to the
+        packed length. Empty sequences are allowed.
+    mask, bias : arrays, optional
+        Broadcast to (N, H, Sq, Sk) of the longest sequences; sequence n reads its own corner.
+    q_offset, q_lengths, kv_lengths : int or integer array of shape (N,), optional
+    alibi_slopes : float array of shape (H,) or (N, H), optional
+    segment_ids : integer array of shape (T,), or a pair ((Tq,), (Tk,)), optional
+    is_causal, window, scale, softcap, sinks, dropout_p, seed, out, num_threads, return_lse
+        As in :func:`fusedattn.attention`; dropout takes n for the sample.
+
+    Returns
+    -------
+    out : array, shape (Tq, H, Dv)
+    lse : array, shape (H, Tq), only with ``return_lse=True``
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fusedattn.attention`.
+    """
+    rules = (
+        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
+        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
+    )  # fmt: skip
+    return _core.attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, rules, out, num_threads, return_lse
+    )
+
+
+def attention_varlen_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: bool = False,
+    q_offset: int | ArrayLike = 0,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+    segment_ids: Any = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    dlse: Any = None,
+    need: Sequence[str] = ("q", "k", "v"),
+    num_threads: int | None = None,
+) -> AttentionGradients:
+    """Gradients of :func:`attention_varlen`.
+
+    Parameters
+    ----------
+    dout, out : arrays, shape (Tq, H, Dv)
+    lse : array, shape (H, Tq)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, and every rule
+        As given to :func:`attention_varlen`.
+    dlse : array, shape (H, Tq), optional
+        Gradient of the scalar by lse; default 0.
+    need : sequence of {"q", "k", "v", "bias", "sinks"}, default ("q", "k", "v")
+        Which gradients to compute.
+    num_threads : int, optional
+
+    Returns
+    -------
+    AttentionGradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fusedattn.attention`.
+    """
+    rules = (
+        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
+        kv_lengths, segment_ids, dropout_p, seed,
+    )  # fmt: skip
+    gradients = _core.attention_varlen_backward(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, rules, num_threads,
+        needs_of(need),
+    )  # fmt: skip
+    return AttentionGradients(*gradients)
