@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn._attention import attention_varlen, attention_varlen_backward
+from fusedattn._varlen import attention_varlen, attention_varlen_backward
 from fusedattn.nn._types import VJP2, Array, Params, Rng
 from fusedattn.nn.linear import init_linear, linear
 
