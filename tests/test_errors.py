@@ -184,7 +184,7 @@ def test_wrong_seed(seed, error):
 def test_backward_of_dropout_wants_the_seed():
     p = make(SIZES)
     out, lse = fusedattn.attention(p.q, p.k, p.v, dropout_p=0.5, return_lse=True)
-    with pytest.raises(TypeError, match="^seed: expected"):
+    with pytest.raises(TypeError, match=r"^seed: expected"):
         fusedattn.attention_backward(p.dout, p.q, p.k, p.v, out, lse, dropout_p=0.5)
 
 
