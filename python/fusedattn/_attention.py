@@ -79,8 +79,9 @@ def attention(
     Parameters
     ----------
     q : array, shape (..., H, Sq, D), or (..., Sq, H, D) with ``layout="bshd"``
-        Queries, float32, float64, float16 or bfloat16 (ml_dtypes); NumPy or anything with ``__array__`` or DLPack on the CPU. Any
-        number of leading dimensions, any strides; (S, D) is a single head.
+        Queries, float32, float64, float16 or bfloat16 (ml_dtypes); NumPy or anything with
+        ``__array__`` or DLPack on the CPU. Any number of leading dimensions, any strides; (S, D) is
+        a single head.
     k : array, shape (..., Hkv, Sk, D) or (..., Sk, Hkv, D)
         Keys. Hkv divides H: query head h reads key/value head ``h // (H // Hkv)``.
     v : array, shape (..., Hkv, Sk, Dv) or (..., Sk, Hkv, Dv)
