@@ -1,6 +1,7 @@
 """The quickstart, on a small library made up here: the task's rules, and the whole command."""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def test_the_whole_command(library, tmp_path, monkeypatch, capsys):
         quickstart, "docstring_task", lambda seed: docstring_task(seed=seed, library=library)
     )
     out = tmp_path / "model"
-    assert main(["quickstart", "--out", str(out), "--epochs", "4", "--threads", "1"]) == 0
+    command = ["quickstart", "--epochs", "4", "--pretrain-epochs", "2", "--threads", "1"]
+    assert main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "3 packages" in printed
     scores = {
@@ -120,10 +122,23 @@ def test_the_whole_command(library, tmp_path, monkeypatch, capsys):
         for line in printed.splitlines()
         if line.count(" %") == 2 and "/" not in line
     }
-    majority, bag, encoder = scores.values()
+    majority, bag, encoder, pretrained = scores.values()
     assert majority[0] == pytest.approx(33.3, abs=0.1)
     assert bag[0] > 90  # each subject has words of its own: easy for all but the majority class
     assert encoder[0] > 90
+    assert pretrained[0] > 90
+    assert "Pre-training bought" in printed
     assert "read back, it gives the same probabilities" in printed
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {p.name for p in out.iterdir()} == model | {"history.jsonl"}
+    assert model | {"history.jsonl"} <= {p.name for p in out.iterdir()}
+    assert (out / "pretraining" / "history.jsonl").exists()
+    assert not list(out.rglob("checkpoint*"))
+
+    stopped = tmp_path / "stopped"
+    with mock.patch("fusedattn.text.Masking.__call__", side_effect=KeyboardInterrupt):
+        assert main([*command, "--out", str(stopped)]) == 130
+    assert main([*command, "--out", str(stopped)]) == 0
+    percent = [
+        [x for x in text.splitlines() if " %" in x] for text in (printed, capsys.readouterr().out)
+    ]
+    assert percent[0] == percent[1]

@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,7 @@ from fusedattn.cli._baseline import bag_of_words, tune
 from fusedattn.cli._docstrings import Passage, Task, docstring_task, split_by_file
 
 if TYPE_CHECKING:
-    from fusedattn.encoder import TextClassifier
-    from fusedattn.train import TrainingResult
+    from fusedattn.encoder import Encoder, TextClassifier
 
 VOCABULARY = 4000
 MAX_LENGTH = 128
@@ -41,6 +41,13 @@ TRAINING: dict[str, Any] = {
 HIDDEN_SHARE = 0.3  # of the words, in each training batch: the model must not lean on one of them
 WORD_SCALE = 0.5  # of the first word vectors: the larger, the less a step can change them
 EPOCHS = 8
+PRETRAINING: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "weight_decay": 0.01,
+    "max_sentences": 64,
+}
+PRETRAINING_DROPOUT = 0.1
+PRETRAINING_EPOCHS = 8
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,8 +56,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "quickstart",
         help="train a small text classifier on the standard library's docstrings",
         description="Which package of Python's standard library does a docstring document? Trains "
-        "a tokenizer and a two-block encoder, and compares it with the majority class and a "
-        "bag-of-words logistic regression on module files that training has not seen.",
+        "a tokenizer and a two-block encoder, without and with pre-training on the same text, and "
+        "compares them with the majority class and a bag-of-words logistic regression on module "
+        "files that training has not seen.",
     )
     parser.add_argument(
         "--out",
@@ -63,6 +71,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--split", type=int, default=0, help="which division of files [%(default)s]"
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="[%(default)s]")
+    parser.add_argument(
+        "--pretrain-epochs", type=int, default=PRETRAINING_EPOCHS, help="[%(default)s]"
+    )
+    parser.add_argument("--restart", action="store_true", help="begin anew, whatever --out holds")
     parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
     parser.set_defaults(func=run)
 
@@ -93,20 +105,27 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(task.test):,} of {files['test']} other files to be tested on.\n",
         flush=True,
     )
-    model, training = train_encoder(task, args.seed, args.epochs, args.out)
-    if training.interrupted:
-        print("Interrupted: going on with what has been learnt so far.", file=sys.stderr)
-    print(f"Trained at {training.tokens_per_second:,.0f} tokens/s.\n", flush=True)
-
-    truth = [p.package for p in task.test]
-    predictions = baselines(task)
-    predictions["two-block encoder"] = model.predict([p.text for p in task.test])
-    print(score_table(task.packages, truth, predictions))
+    folders = {name: args.out / name for name in ("pretraining", "not-pretrained")}
+    texts, truth = columns(task.test)
+    guesses = {}
+    try:
+        plain = starting_encoder(task, args.seed)
+        model = train_classifier(plain, task, args, folders["not-pretrained"])
+        guesses["encoder, not pre-trained"] = model.predict(texts)
+        encoder = pretrain(starting_encoder(task, args.seed), task, args, folders["pretraining"])
+        model = train_classifier(encoder, task, args, args.out)
+        guesses["encoder, pre-trained"] = model.predict(texts)
+    except KeyboardInterrupt:
+        print(f"The same command goes on from the checkpoint in {args.out}.", file=sys.stderr)
+        raise
+    predictions = baselines(task) | guesses
+    print("\n" + score_table(task.packages, truth, predictions))
+    print(bought(truth, *guesses.values()))
     print("\n" + show_predictions(model, pick_examples(task.test, args.seed)))
 
     model.save_pretrained(args.out)
-    remove_checkpoint(args.out)
-    texts = [p.text for p in task.test]
+    for folder in (args.out, *folders.values()):
+        remove_checkpoint(folder)
     same = np.array_equal(
         TextClassifier.from_pretrained(args.out).predict_proba(texts), model.predict_proba(texts)
     )
@@ -117,34 +136,16 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_encoder(
-    task: Task, seed: int, epochs: int, out: Path | None = None
-) -> tuple[TextClassifier, TrainingResult]:
-    """A tokenizer and a classifier trained on all of the task's training passages.
+def starting_encoder(task: Task, seed: int) -> Encoder:
+    """A tokenizer and an encoder whose word vectors start from counts of neighbours.
 
-    Word vectors start from counts of neighbours in the training passages and in those of the other
-    packages: with a few thousand labelled passages, most words are met too seldom to be learnt.
-
-    Parameters
-    ----------
-    task : Task
-    seed : int
-        Of the starting weights, the order of the batches and dropout.
-    epochs : int
-    out : Path, optional
-        Where history.jsonl goes.
+    They are counted in the training passages and in those of the other packages: with a few
+    thousand labelled passages, most words are met too seldom to be learnt.
     """
-    from fusedattn.encoder import Encoder, EncoderConfig, TextClassifier
-    from fusedattn.text import (
-        Dataset,
-        cooccurrence_embeddings,
-        hide_tokens,
-        tokenize,
-        train_tokenizer,
-    )
-    from fusedattn.train import Trainer, TrainingConfig
+    from fusedattn.encoder import Encoder, EncoderConfig
+    from fusedattn.text import cooccurrence_embeddings, tokenize, train_tokenizer
 
-    texts, labels = columns(task.train)
+    texts, _ = columns(task.train)
     tokenizer = train_tokenizer(texts, VOCABULARY, max_length=MAX_LENGTH)
     config = EncoderConfig.from_dict(
         {
@@ -154,20 +155,74 @@ def train_encoder(
         }
     )
     encoder = Encoder(config, tokenizer=tokenizer, seed=seed)
-    learning = Dataset.from_texts(tokenizer, texts, labels, task.packages)
     encoder.params["embeddings"]["word"]["weight"][...] = WORD_SCALE * cooccurrence_embeddings(
-        learning.sequences + tokenize(tokenizer, [p.text for p in task.other]),
-        config.vocab_size,
-        config.hidden_size,
+        tokenize(tokenizer, texts + columns(task.other)[0]), config.vocab_size, config.hidden_size
     )
-    model = TextClassifier(encoder, task.packages, seed=seed)
+    return encoder
+
+
+def pretrain(encoder: Encoder, task: Task, args: argparse.Namespace, out: Path) -> Encoder:
+    """Teach the encoder to predict masked words of all passages but the test's."""
+    from fusedattn.encoder import MaskedLM
+    from fusedattn.text import Dataset, Masking, tokenize
+    from fusedattn.train import Trainer, TrainingConfig
+
+    print(f"Predicting masked words, {args.pretrain_epochs} epochs:", end=" ", flush=True)
+    texts = columns(task.train)[0] + columns(task.other)[0]
+    dropout = encoder.config.hidden_dropout_prob
+    encoder.config = replace(encoder.config, hidden_dropout_prob=PRETRAINING_DROPOUT)
     trainer = Trainer(
-        model,
-        TrainingConfig(epochs=epochs, seed=seed, **TRAINING),
-        augment=lambda batch, rng: hide_tokens(batch, HIDDEN_SHARE, tokenizer, rng),
+        MaskedLM(encoder, seed=args.seed),
+        TrainingConfig(epochs=args.pretrain_epochs, seed=args.seed, **PRETRAINING),
+        augment=Masking(encoder.tokenizer, whole_word=True),
         out_dir=out,
     )
-    return model, trainer.fit(learning)
+    result = trainer.fit(Dataset(tokenize(encoder.tokenizer, texts)), resume=not args.restart)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    losses = [entry["train_loss"] for entry in result.history] or [float("nan")]
+    print(
+        f"loss from {losses[0]:.2f} to {losses[-1]:.2f} nats, "
+        f"{result.tokens_per_second:,.0f} tokens/s.",
+        flush=True,
+    )
+    encoder.config = replace(encoder.config, hidden_dropout_prob=dropout)
+    return encoder
+
+
+def train_classifier(
+    encoder: Encoder, task: Task, args: argparse.Namespace, out: Path
+) -> TextClassifier:
+    """A classifier trained on all of the task's training passages."""
+    from fusedattn.encoder import TextClassifier
+    from fusedattn.text import Dataset, hide_tokens
+    from fusedattn.train import Trainer, TrainingConfig
+
+    print(f"Learning the packages, {args.epochs} epochs:", end=" ", flush=True)
+    model = TextClassifier(encoder, task.packages, seed=args.seed)
+    trainer = Trainer(
+        model,
+        TrainingConfig(epochs=args.epochs, seed=args.seed, **TRAINING),
+        augment=lambda batch, rng: hide_tokens(batch, HIDDEN_SHARE, encoder.tokenizer, rng),
+        out_dir=out,
+    )
+    learning = Dataset.from_texts(encoder.tokenizer, *columns(task.train), task.packages)
+    result = trainer.fit(learning, resume=not args.restart)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    print(f"{result.tokens_per_second:,.0f} tokens/s.", flush=True)
+    return model
+
+
+def bought(truth: Sequence[str], without: Sequence[str], with_it: Sequence[str]) -> str:
+    """What pre-training changed, against the standard error of that difference."""
+    right = [np.array([a == b for a, b in zip(truth, g, strict=True)]) for g in (without, with_it)]
+    change = right[1].astype(float) - right[0]
+    error = change.std() / np.sqrt(max(1, len(change)))
+    return (
+        f"Pre-training bought {100 * change.mean():+.1f} points of accuracy "
+        f"(standard error {100 * error:.1f})."
+    )
 
 
 def baselines(task: Task) -> dict[str, list[str]]:
