@@ -18,7 +18,7 @@ SHAPES = [
     ((2,), 2, 2, 1500, 3, 32),
     ((4,), 3, 1, 67, 197, 40),
 ]
-RULES = [{}, {"is_causal": True}, {"is_causal": True, "q_offset": 5}]
+RULES = [{}, {"is_causal": True}, {"is_causal": True, "q_offset": 5}, {"window": (20, 3)}]
 
 
 def problem(shape, rules, dtype=np.float32, layout="bhsd"):
@@ -38,11 +38,11 @@ def assert_same_bits(got, expected):
 def test_threads_and_repetition(isa, shape, rules, dtype):
     p = problem(shape, rules, dtype)
     expected = fused(p, num_threads=1)
-    for num_threads in (2, 5) if dtype in HALVES else (1, 2, 3, 5, 8, None):
+    for num_threads in (1, 2, 3, 5, 8, None):
         assert_same_bits(fused(p, num_threads=num_threads), expected)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, *HALVES])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_alone_or_in_a_batch(isa, shape, rules, dtype):
@@ -83,7 +83,7 @@ def test_layout_and_memory(isa, shape, dtype):
     assert_same_bits(fused(view), got)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, *HALVES])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("rules", RULES)
 def test_packed_or_padded(isa, rules, layout, dtype):
@@ -122,5 +122,5 @@ def test_bias_gradient(isa, sq, sk, kept):
         p = problem(((3,), 4, 2, sq, sk, 16), {}, dtype)
         p.rules["bias"] = np.random.default_rng(0).standard_normal(shape).astype(dtype)
         expected = fused(p, num_threads=1)
-        for num_threads in (2, 3, 2, 3, 2):
+        for num_threads in (2, 3, 8, 2):
             assert_same_bits(fused(p, num_threads=num_threads), expected)
