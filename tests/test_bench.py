@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from fusedattn.bench import CASES, Case, Limits, Problem, Result, contenders
+from fusedattn.bench import CASES, Case, Limits, Problem, Result, contenders, lengths
+from fusedattn.bench.cases import DTYPES, select
+from fusedattn.bench.comparisons import COMPARISONS, matching
 from fusedattn.bench.implementations import disagreement
+from fusedattn.bench.ratios import Comparison, Sides, compare
 from fusedattn.bench.timing import interleave
 
 SMALL = [
@@ -16,6 +19,9 @@ SMALL = [
     Case("multi-query", 1, 4, 9, 9, 32, hkv=1, causal=True),
     Case("double", 1, 2, 50, 50, 16, dtype="float64"),
     Case("decode", 2, 4, 1, 100, 16),
+    Case("decode-grouped", 1, 6, 1, 50, 16, hkv=2),
+    Case("half", 1, 2, 40, 40, 16, dtype="float16"),
+    Case("brain", 1, 4, 33, 33, 16, hkv=2, dtype="bfloat16"),
 ]
 IDS = [case.name for case in SMALL]
 
@@ -31,8 +37,10 @@ def test_counts(case):
     assert case.bytes("backward") == 2 * case.bytes("forward")
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("case", SMALL, ids=IDS)
+@pytest.mark.parametrize(
+    ("case", "direction"),
+    [pytest.param(c, d, id=f"{c.name}-{d}") for c in SMALL for d in c.directions],
+)
 def test_contenders_agree(case, direction):
     ours, *others = contenders(Problem(case), direction, threads=2)
     assert ours.name == "fusedattn"
@@ -62,8 +70,67 @@ def test_numpy_is_left_out_where_its_scores_would_not_fit(monkeypatch):
 
 
 def test_decoding_is_not_differentiated():
-    assert CASES["decode"].directions == ("forward",)
-    assert CASES["bert-128"].directions == ("forward", "backward")
+    assert CASES["decode"].directions == CASES["few-16"].directions == ("forward",)
+    assert CASES["bert-128"].directions == CASES["tiny"].directions == ("forward", "backward")
+
+
+def test_select_by_pattern_and_dtype():
+    assert select() == list(CASES.values())
+    assert [c.name for c in select(["few-?", "tiny"])] == ["few-2", "few-4", "few-8", "tiny"]
+    # A shape that is there in two dtypes is there once in a third.
+    (found,) = select(["bert-512", "bf16-512"], ["float64"])
+    assert (found.name, found.dtype) == ("bert-512", "float64")
+    assert {c.dtype for c in select(["tiny"], DTYPES)} == set(DTYPES)
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        select(["tiny", "nonsense"])
+
+
+def test_a_comparison_makes_up_for_different_work():
+    order = []
+    directions = ("forward", "backward")
+
+    def prepare(direction, threads):
+        assert threads == 3
+        return Sides(lambda: order.append("ours"), lambda: order.append("beside"), factor=1e9)
+
+    rows = list(compare(Comparison("name", "text", 1.0, prepare, directions), 3, quick=True))
+    assert [r.direction for r in rows] == ["forward", "backward"]
+    assert set(order) == {"ours", "beside"}
+    for r in rows:
+        assert r.ours > 0
+        assert r.beside > 0
+        assert r.ratio > 1  # whatever the two calls took
+        assert not r.met
+        assert r.line().endswith("MISSED")
+        assert r.as_dict()["at_most"] == 1.0
+
+
+def test_comparisons_are_found_by_pattern():
+    assert [c.name for c in matching()] == list(COMPARISONS)
+    assert [c.name for c in matching(["causal", "few-2*"])] == [
+        "causal",
+        "few-2-decode",
+        "few-2-prefill",
+    ]
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        matching(["nonsense"])
+
+
+@pytest.mark.parametrize("name", ["sentences", "few-4-decode"])
+def test_sides_are_ready_to_be_called(name):
+    c = COMPARISONS[name]
+    for direction in c.directions:
+        sides = c.prepare(direction, 2)
+        sides.ours()
+        sides.beside()
+
+
+def test_the_exponent_of_a_square_is_two():
+    points = [lengths.Point(s, 3e-9 * s**2, 7e-9 * s**1.5, 0) for s in (512, 1024, 4096)]
+    assert lengths.exponent(points, "forward") == pytest.approx(2)
+    assert lengths.exponent(points, "backward") == pytest.approx(1.5)
+    assert points[0].rate("forward") == pytest.approx(4 * 64 / 3e-9)
+    assert points[0].rate("backward") == pytest.approx(10 * 64 * 512**0.5 / 7e-9)
 
 
 def test_interleave_gives_everyone_the_rounds_that_it_promises():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 
 import fusedattn
 from fusedattn.bench import CASES, Case
+from fusedattn.bench.comparisons import COMPARISONS, rule
+from fusedattn.bench.ratios import Comparison
 from fusedattn.cli import COMMANDS, main
 
 
@@ -96,20 +99,49 @@ def tiny(monkeypatch):
 
 
 def test_bench_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
-    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
-    arguments = ["bench", "--quick", "--threads", "1", "--cases", tiny]
-    assert main([*arguments, "--json", str(figures), "--plot", str(picture)]) == 0
+    figures, *pictures = (tmp_path / n for n in ("figures.json", "shares.png", "roofline.png"))
+    arguments = ["bench", "--quick", "--threads", "1", "--case", tiny, "--isa", "baseline"]
+    arguments += ["--json", figures, "--plot", pictures[0], "--roofline", pictures[1]]
+    before = fusedattn.cpu_info()["isa"]
+    assert main(list(map(str, arguments))) == 0
+    assert fusedattn.cpu_info()["isa"] == before
     shown = capsys.readouterr()
     rows = [line.split() for line in shown.out.splitlines() if line.startswith("tiny")]
     assert [row[6] for row in rows] == ["forward", "backward"]
     assert shown.err == ""  # no progress where nobody looks
     written = json.loads(figures.read_text())
     assert written["about"]["threads"] == 1
+    assert written["about"]["isa"] == "baseline"
     for result in written["results"]:
         assert result["case"]["name"] == "tiny"
         assert len(result["contenders"]["fusedattn"]["samples_s"]) >= 3
         assert result["peak_flops_per_s"] > 0
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_bench_lengths(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("fusedattn.bench.lengths.LENGTHS", (128, 256))
+    picture, figures = tmp_path / "lengths.png", tmp_path / "lengths.json"
+    arguments = ["bench", "--lengths", "--quick", "--plot", picture, "--json", figures]
+    assert main(list(map(str, arguments))) == 0
+    shown = capsys.readouterr().out
+    assert "time grows as S to the" in shown
+    assert [p["s"] for p in json.loads(figures.read_text())["results"]] == [128, 256]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_ratios(monkeypatch, tmp_path, capsys):
+    shape = (1, 1, 20, 8)
+    causal = Comparison("small", "text", 1e9, rule(shape, lambda: {"is_causal": True}))
+    monkeypatch.setitem(COMPARISONS, "small", causal)
+    figures = tmp_path / "ratios.json"
+    arguments = ["bench", "--ratios", "--quick", "--case", "small", "--json", str(figures)]
+    assert main(arguments) == 0
+    assert "2 of 2 within their ratio" in capsys.readouterr().out
+    rows = json.loads(figures.read_text())["results"]
+    assert [r["direction"] for r in rows] == ["forward", "backward"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +149,7 @@ def test_bench_prints_and_writes_what_it_measured(tiny, tmp_path, capsys):
     [
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--threads", "many"], "many"),
-        (["--cases", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_bench_refuses(arguments, complaint, capsys):
@@ -127,6 +159,17 @@ def test_bench_refuses(arguments, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
-def test_neighbour_goes_alone(capsys):
-    assert main(["bench", "--neighbour", "--threads", "2"]) == 2
-    assert "--neighbour goes with" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--neighbour", "--threads", "2"], "--neighbour does not take --threads"),
+        (["--lengths", "--case", "tiny"], "--lengths does not take --case"),
+        (["--case", "nonsense"], "expected a case or a pattern of bert-128, .*, got 'nonsense'"),
+        (["--ratios", "--case", "nonsense"], "expected a comparison .*, got 'nonsense'"),
+        (["--isa", "abacus"], "set_isa: expected one of .*, got 'abacus'"),
+    ],
+)
+def test_bench_refuses_in_one_line(arguments, complaint, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"fusedattn bench: {complaint}\n$", error)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CASES", "Case", "Problem"]
+__all__ = ["CASES", "DTYPES", "Case", "Problem", "numpy_dtype", "select"]
 
 Array = NDArray[Any]
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of that name; bfloat16 is `ml_dtypes`'."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("bfloat16 arrays need ml_dtypes", name="ml_dtypes") from None
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,7 @@ class Case:
     Attributes
     ----------
     name : str
-        What ``fusedattn bench --cases`` calls it.
+        What ``fusedattn bench --case`` calls it.
     b, h, sq, sk, d : int
         Batch, query heads, query and key lengths, head dimension of Q and K.
     hkv, dv : int, optional
@@ -29,7 +45,7 @@ class Case:
     causal : bool
         Whether query i sees the keys j <= i only.
     dtype : str
-        Name of the arrays' dtype.
+        Name of the arrays' dtype, one of `DTYPES`.
     """
 
     name: str
@@ -58,8 +74,9 @@ class Case:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What is worth measuring: decoding (one query) is never differentiated."""
-        return ("forward",) if self.sq == 1 else ("forward", "backward")
+        """What is worth measuring: a few queries to many keys, decoding, is not differentiated."""
+        few = self.sq <= 16 < self.sk
+        return ("forward",) if few else ("forward", "backward")
 
     @property
     def pairs(self) -> int:
@@ -79,12 +96,12 @@ class Case:
         q = self.b * self.h * self.sq * (self.d + self.dv)  # Q and O
         kv = self.b * self.hkv * self.sk * (self.d + self.dv)
         arrays = q + kv if direction == "forward" else 2 * (q + kv)  # dO, dQ, dK, dV besides
-        return float(arrays * np.dtype(self.dtype).itemsize)
+        return float(arrays * numpy_dtype(self.dtype).itemsize)
 
     @property
     def score_bytes(self) -> int:
         """Size of one score matrix, which only the unfused computation forms."""
-        return self.b * self.h * self.sq * self.sk * np.dtype(self.dtype).itemsize
+        return self.b * self.h * self.sq * self.sk * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,9 @@ class Problem:
             (c.b, c.h, c.sq, c.dv),
         ]
         draw = np.float64 if c.dtype == "float64" else np.float32
+        kind = numpy_dtype(c.dtype)
         q, k, v, dout = (
-            rng.standard_normal(s, dtype=draw).astype(c.dtype, copy=False) for s in shapes
+            rng.standard_normal(s, dtype=draw).astype(kind, copy=False) for s in shapes
         )
         return q, k, v, dout
 
@@ -117,16 +135,62 @@ CASES: dict[str, Case] = {
     for case in [
         Case("bert-128", 8, 12, 128, 128, 64),
         Case("bert-512", 8, 12, 512, 512, 64),
-        Case("minilm-128", 32, 12, 128, 128, 32),
-        Case("long-d32", 1, 8, 4096, 4096, 32),
         Case("long-d64", 1, 8, 4096, 4096, 64),
         Case("long-d128", 1, 8, 4096, 4096, 128),
-        Case("one-head", 1, 1, 4096, 4096, 64),
         Case("causal-512", 8, 12, 512, 512, 64, causal=True),
         Case("causal-4096", 1, 8, 4096, 4096, 64, causal=True),
+        Case("minilm-128", 32, 12, 128, 128, 32),
+        Case("one-head", 1, 1, 4096, 4096, 64),
         Case("grouped", 1, 32, 1024, 1024, 128, hkv=8, causal=True),
         Case("odd-197", 8, 12, 197, 197, 64),
-        Case("float64-512", 8, 12, 512, 512, 64, dtype="float64"),
-        Case("decode", 1, 8, 1, 32768, 128),
+        Case("odd-331", 4, 7, 331, 331, 80),
+        Case("odd-d96", 4, 7, 331, 331, 96),
+        Case("odd-d40", 4, 7, 331, 331, 40),
+        Case("bf16-512", 8, 12, 512, 512, 64, dtype="bfloat16"),
+        Case("bf16-d64", 1, 8, 4096, 4096, 64, dtype="bfloat16"),
+        Case("bf16-d128", 1, 8, 4096, 4096, 128, dtype="bfloat16"),
+        Case("f16-512", 8, 12, 512, 512, 64, dtype="float16"),
+        Case("f64-512", 8, 12, 512, 512, 64, dtype="float64"),
+        Case("decode", 1, 32, 1, 32768, 128),
+        Case("decode-bf16", 1, 32, 1, 32768, 128, dtype="bfloat16"),
+        Case("decode-gqa", 1, 32, 1, 32768, 128, hkv=8),
+        Case("decode-b16", 16, 12, 1, 2048, 64),
+        *(Case(f"few-{n}", 1, 32, n, 4096, 128) for n in (2, 4, 8, 16)),
+        Case("tiny", 1, 1, 16, 16, 16),
     ]
 }
+
+
+def select(patterns: Sequence[str] = (), dtypes: Sequence[str] = ()) -> list[Case]:
+    """The cases whose name matches one of the patterns, in their own dtype or in other ones.
+
+    Parameters
+    ----------
+    patterns : sequence of str
+        Names, or patterns in the shell's way (``long*``); none means every case.
+    dtypes : sequence of str
+        None leaves each case its own. Otherwise every shape is measured in each of these, once.
+
+    Returns
+    -------
+    list of Case
+
+    Raises
+    ------
+    ValueError
+        For a pattern that matches no case.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter(CASES, pattern):
+            raise ValueError(f"expected a case or a pattern of {', '.join(CASES)}, got {pattern!r}")
+    found = [
+        case
+        for name, case in CASES.items()
+        if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if dtypes:
+        shapes: dict[Case, Case] = {}
+        for case in found:
+            shapes.setdefault(replace(case, name="", dtype=""), case)
+        found = [replace(case, dtype=dtype) for dtype in dtypes for case in shapes.values()]
+    return found

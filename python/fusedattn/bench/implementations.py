@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusedattn.bench.cases import Array, Case, Problem
+from fusedattn.bench.cases import Array, Case, Problem, numpy_dtype
 
 __all__ = ["Contender", "contenders", "disagreement"]
 
@@ -65,7 +65,11 @@ class FusedAttention:
 
 
 class NumPy:
-    """Attention as one writes it in NumPy: two matrix products around a softmax."""
+    """Attention as one writes it in NumPy: two matrix products around a softmax.
+
+    NumPy has no fast product of 16-bit types, so what one writes there widens the input to float32
+    and rounds the result; both are timed.
+    """
 
     name = "numpy"
 
@@ -77,11 +81,20 @@ class NumPy:
         self.dout = dout.reshape(c.b, c.hkv, -1, c.sq, c.dv)
         self.k, self.v = k[:, :, None], v[:, :, None]
         self.shape = (c.b, c.h, c.sq)
-        self.scale = q.dtype.type(c.d**-0.5)
+        self.dtype = q.dtype
+        self.real = np.dtype(np.float64 if q.dtype == np.float64 else np.float32)
+        self.scale = self.real.type(c.d**-0.5)
         self.hidden = ~np.tri(c.sq, c.sk, dtype=bool) if c.causal else None
 
+    def _wide(self, x: Array) -> Array:
+        return x.astype(self.real, copy=False)
+
+    def _narrow(self, x: Array) -> Array:
+        return x.astype(self.dtype, copy=False)
+
     def _probabilities(self) -> Array:
-        scores: Array = np.matmul(self.q * self.scale, self.k.swapaxes(-1, -2))
+        q, k = self._wide(self.q), self._wide(self.k)
+        scores: Array = np.matmul(q * self.scale, k.swapaxes(-1, -2))
         if self.hidden is not None:
             np.copyto(scores, -np.inf, where=self.hidden)
         scores -= scores.max(axis=-1, keepdims=True)
@@ -95,45 +108,62 @@ class NumPy:
 
     def forward(self) -> Any:
         """The softmax's probabilities times the values."""
-        return np.matmul(self._probabilities(), self.v).reshape(*self.shape, -1)
+        out = np.matmul(self._probabilities(), self._wide(self.v))
+        return self._narrow(out.reshape(*self.shape, -1))
 
     def backward(self) -> Any:
         """The chain rule through the saved probabilities."""
         p = self._saved
-        dv = np.matmul(p.swapaxes(-1, -2), self.dout).sum(axis=2)
-        ds = np.matmul(self.dout, self.v.swapaxes(-1, -2))
+        q, k, v, dout = (self._wide(x) for x in (self.q, self.k, self.v, self.dout))
+        dv = np.matmul(p.swapaxes(-1, -2), dout).sum(axis=2)
+        ds = np.matmul(dout, v.swapaxes(-1, -2))
         ds -= np.einsum("...ij,...ij->...i", ds, p)[..., None]
         ds *= p
         ds *= self.scale
-        dq = np.matmul(ds, self.k).reshape(*self.shape, -1)
-        dk = np.matmul(ds.swapaxes(-1, -2), self.q).sum(axis=2)
-        return dq, dk, dv
+        dq = np.matmul(ds, k).reshape(*self.shape, -1)
+        dk = np.matmul(ds.swapaxes(-1, -2), q).sum(axis=2)
+        return tuple(self._narrow(x) for x in (dq, dk, dv))
 
 
 class PyTorch:
-    """``torch.nn.functional.scaled_dot_product_attention``, without and with autograd."""
+    """``torch.nn.functional.scaled_dot_product_attention``, without and with autograd.
+
+    ``grouping`` says how heads share keys: ``"native"`` by ``enable_gqa``, ``"repeat"`` by
+    repeating the keys in memory, ``"fold"`` by counting a group's heads as further queries,
+    which only attention without a causal mask allows.
+    """
 
     name = "pytorch"
 
-    def __init__(self, problem: Problem, threads: int, layout: str, repeat: bool) -> None:
+    def __init__(self, problem: Problem, threads: int, layout: str, grouping: str) -> None:
         import torch
 
         self.torch = torch
         torch.set_num_threads(threads)
         self.causal = problem.case.causal
         self.groups = problem.case.h // problem.case.hkv
-        self.repeat = repeat
-        tensors = [torch.from_numpy(x) for x in problem.arrays]
+        self.grouping = grouping
+        tensors = [self._tensor(x) for x in problem.arrays]
         if layout == "bshd":  # heads innermost in memory, the same shape to the eye
             tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
         *self.inputs, self.dout = tensors
 
+    def _tensor(self, x: Array) -> Any:
+        if x.dtype == np.float32 or x.dtype == np.float64 or x.dtype == np.float16:
+            return self.torch.from_numpy(x)
+        return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
+
     def _compute(self, q: Any, k: Any, v: Any) -> Any:
-        if self.repeat:
+        shape = q.shape[:-1]
+        if self.grouping == "repeat":
             k, v = (x.repeat_interleave(self.groups, dim=1) for x in (k, v))
-        return self.torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=self.causal, enable_gqa=self.groups > 1 and not self.repeat
+        elif self.grouping == "fold":
+            q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+        native = self.groups > 1 and self.grouping == "native"
+        out = self.torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, enable_gqa=native
         )
+        return out.reshape(*shape, -1)
 
     @cached_property
     def _saved(self) -> tuple[Any, list[Any]]:
@@ -181,19 +211,22 @@ def contenders(problem: Problem, direction: str, threads: int) -> list[Contender
 
 def _pytorch_variants(problem: Problem, threads: int) -> Iterator[Contender]:
     case = problem.case
+    groupings = ["native"]
+    if case.hkv < case.h:
+        groupings += ["repeat"] if case.causal else ["repeat", "fold"]
     for layout in ("bhsd", "bshd"):
-        for repeat in (False, True) if case.hkv < case.h else (False,):
-            yield PyTorch(problem, threads, layout, repeat)
+        for grouping in groupings:
+            yield PyTorch(problem, threads, layout, grouping)
 
 
 def _fastest(variants: Iterator[Contender], direction: str) -> Contender:
-    """The variant with the shortest of three calls after a warming one."""
+    """The variant with the shortest of a few calls after a warming one; long calls run once."""
 
     def seconds(variant: Contender) -> float:
         call: Callable[[], Any] = getattr(variant, direction)
         call()
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 1:
             start = perf_counter()
             call()
             times.append(perf_counter() - start)
@@ -225,10 +258,22 @@ def disagreement(case: Case, direction: str, ours: Contender, other: Contender) 
     worst = 0.0
     answers = (getattr(contender, direction)() for contender in (ours, other))
     mine, theirs = ([a] if direction == "forward" else a for a in answers)
+    eps = _eps(case.dtype)
     for a, b in zip(mine, theirs, strict=True):
-        a, b = np.asarray(a), np.asarray(b)
+        a, b = _float64(a), _float64(b)
         if a.shape != b.shape:
             raise ValueError(f"{ours.name} answered with {a.shape}, {other.name} with {b.shape}")
-        unit = np.finfo(a.dtype).eps * n**0.5 * np.abs(b).max()
+        unit = eps * n**0.5 * np.abs(b).max()
         worst = max(worst, float(np.abs(a - b).max() / unit))
     return worst
+
+
+def _float64(x: Any) -> Array:
+    """An array or a tensor of any dtype as float64, which holds every one of them exactly."""
+    return (x if isinstance(x, np.ndarray) else x.double().numpy()).astype(np.float64)
+
+
+def _eps(dtype: str) -> float:
+    if dtype == "bfloat16":  # NumPy's finfo does not know it
+        return 2.0**-7
+    return float(np.finfo(numpy_dtype(dtype)).eps)

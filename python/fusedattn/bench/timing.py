@@ -27,7 +27,8 @@ class Limits:
     Attributes
     ----------
     flops : float
-        Multiply-add peak for the dtype, FLOP/s.
+        Multiply-add peak for the dtype, FLOP/s: of bfloat16 dot products where the machine has
+        such an instruction, else of float32, in which 16-bit types are computed; float64's own.
     bytes : float
         Read bandwidth of the memory, bytes/s.
     """
@@ -37,10 +38,19 @@ class Limits:
 
     @classmethod
     def now(cls, dtype: str, threads: int) -> Limits:
-        """Measure both, which takes about a tenth of a second."""
+        """Measure both, which takes some tenths of a second.
+
+        The best instruction set of the machine is asked, whichever the contenders are held to: a
+        limit belongs to the machine.
+        """
         from fusedattn import _core
 
-        return cls(_core.measure_peak(dtype, threads), _core.measure_bandwidth(threads))
+        facts = _core.cpu_info()
+        _core.set_isa(facts["isas"][-1])
+        try:
+            return cls(_core.measure_peak(dtype, threads), _core.measure_bandwidth(threads))
+        finally:
+            _core.set_isa(facts["isa"])
 
     def highest(self, other: Limits) -> Limits:
         """The larger of each: a limit that was reached once stays a limit."""
@@ -97,6 +107,11 @@ class Result:
             return None
         pairs = zip(self.samples[name], self.samples["fusedattn"], strict=False)
         return median(theirs / ours for theirs, ours in pairs)
+
+    @property
+    def intensity(self) -> float:
+        """Flops that count for each byte that must cross the memory bus."""
+        return self.case.flops(self.direction) / self.case.bytes(self.direction)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything measured, in types that JSON knows."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import json
-import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fusedattn.bench.surroundings import blas_threads, chosen_isa, surroundings, write_json
+
 __all__ = ["add_parser", "run"]
 
-ROW = "{:12} {:27} {:8} {:>9} {:>13} {:>6} {:>9} {:>9} {:>7} {:>8}"
+ROW = "{:12} {:30} {:8} {:>9} {:>13} {:>6} {:>9} {:>9} {:>7} {:>8}"
 HEAD = "case|shape|pass|ms|rate|limit|NumPy ms|torch ms|x NumPy|x torch".split("|")
+# What each of the other measurements takes besides its own flag.
+TAKES = {
+    "neighbour": {"quick", "json"},
+    "ratios": {"quick", "json", "threads", "isa", "case"},
+    "lengths": {"quick", "json", "threads", "isa", "plot"},
+}
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command ``bench`` to an argparse sub-parser collection."""
     from fusedattn.bench import CASES
+    from fusedattn.bench.cases import DTYPES
 
     parser = subparsers.add_parser(
         "bench",
@@ -29,35 +35,64 @@ def add_parser(subparsers: Any) -> None:
         "bandwidth where that bounds the case, measured in the same run with the same threads.",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads for everyone")
+    parser.add_argument("--isa", metavar="NAME", help="instruction set for ours (see info)")
     parser.add_argument(
-        "--cases", nargs="+", choices=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}"
+        "--case",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"names, or patterns such as 'long*', of {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=[], help="measure every shape in these"
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the shares (png, svg, pdf)")
     parser.add_argument(
+        "--roofline", type=Path, metavar="FILE", help="draw the rates under the machine's limits"
+    )
+    other = parser.add_argument_group("other measurements").add_mutually_exclusive_group()
+    other.add_argument(
+        "--ratios",
+        action="store_true",
+        help="what a rule, a layout or packing costs beside a plain call of ours",
+    )
+    other.add_argument(
+        "--lengths", action="store_true", help="time and memory of one head up to 65536 keys"
+    )
+    other.add_argument(
         "--neighbour",
         action="store_true",
-        help="instead, alternate attention with np.matmul and show what the pair costs",
+        help="attention in turns with np.matmul, and what the pair costs",
     )
     parser.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print the table, and write what was asked for."""
-    if options.neighbour:
-        from fusedattn.bench import neighbour
-
-        if options.cases or options.plot or options.threads:
-            print("fusedattn bench: --neighbour goes with --quick and --json only", file=sys.stderr)
+    mode = next((name for name in TAKES if getattr(options, name)), None)
+    if mode:
+        every = {"threads", "isa", "case", "dtype", "quick", "json", "plot", "roofline"}
+        extra = [f"--{n}" for n in sorted(every - TAKES[mode]) if getattr(options, n)]
+        if extra:
+            print(f"fusedattn bench: --{mode} does not take {extra[0]}", file=sys.stderr)
             return 2
-        return neighbour.main(options.json, quick=options.quick)
+    try:
+        with chosen_isa(options.isa):
+            return MODES[mode](options)
+    except ValueError as error:
+        print(f"fusedattn bench: {error}", file=sys.stderr)
+        return 2
 
+
+def table(options: argparse.Namespace) -> int:
+    """The table of all cases, ours beside the others'."""
     from fusedattn import get_num_threads
-    from fusedattn.bench import CASES
+    from fusedattn.bench.cases import select
 
     threads = options.threads or get_num_threads()
-    cases = [CASES[name] for name in options.cases or CASES]
+    cases = select(options.case, options.dtype)
     about = surroundings(threads)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n" + ROW.format(*HEAD))
@@ -66,21 +101,90 @@ def run(options: argparse.Namespace) -> int:
         for result in measured(cases, threads, quick=options.quick):
             print(row(result), flush=True)
             results.append(result)
-    peaks = {r.case.dtype: [s.limits.flops for s in results if s.case.dtype == r.case.dtype]
-             for r in results}  # fmt: skip
+    peaks: dict[str, list[float]] = {}
+    for r in results:
+        peaks.setdefault(r.case.dtype, []).append(r.limits.flops / 1e9)
     for dtype, values in peaks.items():
-        print(f"{dtype} peak {min(values) / 1e9:.0f} to {max(values) / 1e9:.0f} GFLOP/s", end="; ")
+        print(f"{dtype} peak {min(values):.0f} to {max(values):.0f} GFLOP/s", end="; ")
     bandwidth = [r.limits.bytes / 1e9 for r in results]
     print(f"read bandwidth {min(bandwidth):.1f} to {max(bandwidth):.1f} GB/s")
 
     if options.json:
-        record = {"about": about, "results": [r.as_dict() for r in results]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        from fusedattn.bench.plot import plot_shares
+        write_json(options.json, about, [r.as_dict() for r in results])
+    title = f"{about['cpu']}, {about['isa']}, {threads} threads"
+    if options.plot or options.roofline:
+        from fusedattn.bench import plot
 
-        plot_shares(results, options.plot, title=f"{about['cpu']}, {threads} threads")
+        if options.plot:
+            plot.plot_shares(results, options.plot, title=title)
+        if options.roofline:
+            plot.plot_roofline(results, options.roofline, title=title)
     return 0
+
+
+def neighbour(options: argparse.Namespace) -> int:
+    """Attention and BLAS sharing the cores."""
+    from fusedattn.bench import neighbour
+
+    return neighbour.main(options.json, quick=options.quick)
+
+
+def ratios(options: argparse.Namespace) -> int:
+    """Ours against ours."""
+    from fusedattn import get_num_threads
+    from fusedattn.bench.comparisons import matching
+    from fusedattn.bench.ratios import Row, compare
+
+    threads = options.threads or get_num_threads()
+    about = surroundings(threads)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("\n" + Row.head())
+    rows = []
+    for comparison in matching(options.case):
+        for found in compare(comparison, threads, quick=options.quick):
+            print(found.line(), flush=True)
+            rows.append(found)
+    missed = [r for r in rows if not r.met]
+    print(f"\n{len(rows) - len(missed)} of {len(rows)} within their ratio")
+    if options.json:
+        write_json(options.json, about, [r.as_dict() for r in rows])
+    return 0
+
+
+def lengths(options: argparse.Namespace) -> int:
+    """Time and memory against length."""
+    from fusedattn import get_num_threads
+    from fusedattn.bench.lengths import exponent, measure_lengths
+
+    threads = options.threads or get_num_threads()
+    about = surroundings(threads)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    line = "{:>6} {:>11} {:>13} {:>12} {:>13} {:>12}"
+    print("\n" + line.format("S", "forward ms", "rate", "backward ms", "rate", "scratch"))
+    points = []
+    for p in measure_lengths(threads, about["isa"], quick=options.quick):
+        points.append(p)
+        cells = [
+            cell
+            for direction in ("forward", "backward")
+            for cell in (
+                f"{getattr(p, direction) * 1e3:.2f}",
+                f"{p.rate(direction) / 1e9:.0f} GFLOP/s",
+            )
+        ]
+        print(line.format(p.s, *cells, f"{p.scratch / 2**20:.1f} MiB"), flush=True)
+    slopes = {direction: exponent(points, direction) for direction in ("forward", "backward")}
+    print("time grows as S to the " + ", ".join(f"{x:.2f} ({n})" for n, x in slopes.items()))
+    if options.json:
+        write_json(options.json, about, [p.as_dict() for p in points])
+    if options.plot:
+        from fusedattn.bench.plot import plot_lengths
+
+        plot_lengths(points, slopes, options.plot, title=f"{about['cpu']}, {threads} threads")
+    return 0
+
+
+MODES = {None: table, "ratios": ratios, "lengths": lengths, "neighbour": neighbour}
 
 
 def measured(cases: list[Any], threads: int, *, quick: bool) -> Iterator[Any]:
@@ -123,7 +227,7 @@ def row(result: Any) -> str:
 
     unit = "GB/s" if result.memory_bound else "GFLOP/s"
     ms = [
-        cell(s and s * 1e3, "{:.2f}")
+        cell(s and s * 1e3, "{:.2f}" if (s or 1) > 1e-3 else "{:.4f}")
         for s in map(result.seconds, ("fusedattn", "numpy", "pytorch"))
     ]
     return ROW.format(
@@ -137,36 +241,6 @@ def row(result: Any) -> str:
         cell(result.speedup("numpy"), "{:.1f}"),
         cell(result.speedup("pytorch"), "{:.2f}"),
     ).rstrip()
-
-
-def surroundings(threads: int) -> dict[str, Any]:
-    """What a figure depends on besides the code: machine, instruction set, threads, versions."""
-    import fusedattn
-
-    facts = fusedattn.cpu_info()
-    about = {
-        "fusedattn": fusedattn.__version__,
-        "cpu": facts["cpu"],
-        "isa": facts["isa"],
-        "threads": threads,
-        "parallel": facts["parallel"],
-        "compiler": facts["compiler"],
-        "python": platform.python_version(),
-    }
-    for package in ("numpy", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            about[package] = importlib.metadata.version(package)
-    return about
-
-
-def blas_threads(threads: int) -> contextlib.AbstractContextManager[Any]:
-    """Give NumPy's BLAS the same threads where threadpoolctl is installed to say so."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ModuleNotFoundError:
-        return contextlib.nullcontext()
-    limits: contextlib.AbstractContextManager[Any] = threadpool_limits(threads, user_api="blas")
-    return limits
 
 
 def _positive(text: str) -> int:
