@@ -191,3 +191,21 @@ def test_cooccurrence_with_nothing_to_count():
     assert cooccurrence_embeddings([np.array([1, 2, 1])], 4, 7).shape == (4, 7)
     with pytest.raises(ValueError, match=r"^vocab_size, width: expected at least 1, got 4, 0"):
         cooccurrence_embeddings([], 4, 0)
+
+
+def test_chinese_characters_or_strings_of_them():
+    rng = np.random.default_rng(0)
+    words = ["明天", "天气", "股市", "电影", "ok"]
+    texts = ["".join(rng.choice(words, 4)) + "。" for _ in range(100)]
+    characters = train_tokenizer(texts, 100).encode("明天天气").tokens
+    assert characters == ["[CLS]", "明", "天", "天", "气", "[SEP]"]
+    strings = train_tokenizer(texts, 20, split_chinese=False)
+    assert strings.encode("明天天气").tokens == ["[CLS]", "明天", "天气", "[SEP]"]
+    assert strings.encode("天气明天").tokens == [
+        "[CLS]",
+        "天气",
+        "明天",
+        "[SEP]",
+    ]  # the same pieces
+    assert strings.decode(strings.encode("股市明天ok").ids) == "股市明天ok"
+    assert strings.token_to_id("[UNK]") not in strings.encode("股市" * 200).ids

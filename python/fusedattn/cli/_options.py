@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fusedattn.text import Examples
     from fusedattn.train import TrainingConfig
 
+CHUNK = 1024  # texts to predict at a time: what a kill can cost
 FORMATS = ("csv", "tsv", "jsonl", "folder", "tab", "trec", "lines")
 
 
@@ -53,6 +54,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a new encoder (not with --from)")
     group.add_argument("--vocab-size", type=int, default=8000, help="[%(default)s]")
     group.add_argument("--cased", action="store_true", help="keep case and accents")
+    group.add_argument(
+        "--chinese-strings",
+        action="store_true",
+        help="frequent strings of Chinese characters are tokens [characters are]",
+    )
     group.add_argument("--dim", type=int, default=128, help="width of the vectors [%(default)s]")
     group.add_argument("--layers", type=int, default=2, help="[%(default)s]")
     group.add_argument("--heads", type=int, default=4, help="[%(default)s]")
@@ -83,7 +89,13 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
     from fusedattn.text import cooccurrence_embeddings, tokenize, train_tokenizer
 
     length = args.max_length or 128
-    tokenizer = train_tokenizer(texts, args.vocab_size, lowercase=not args.cased, max_length=length)
+    tokenizer = train_tokenizer(
+        texts,
+        args.vocab_size,
+        lowercase=not args.cased,
+        max_length=length,
+        split_chinese=not args.chinese_strings,
+    )
     config = EncoderConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=args.dim,
@@ -179,6 +191,17 @@ def threads(count: int | None) -> Iterator[None]:
             yield
     finally:
         set_num_threads(before)
+
+
+def probabilities(model: Any, texts: list[str], start: int = 0) -> Iterator[Any]:
+    """Yield the probabilities of `texts` from `start` on, CHUNK texts at a time, with a bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(texts), initial=start, disable=None, unit="text") as bar:
+        for begin in range(start, len(texts), CHUNK):
+            chunk = texts[begin : begin + CHUNK]
+            yield model.predict_proba(chunk)
+            bar.update(len(chunk))
 
 
 def check_out(out: Path, restart: bool) -> bool:

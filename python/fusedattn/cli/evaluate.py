@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         data = Dataset.from_texts(
             model.encoder.tokenizer, examples.texts, examples.labels, model.names
         )
-        proba = model.predict_proba(examples.texts)
+        proba = np.concatenate(list(_options.probabilities(model, examples.texts)))
     assert data.labels is not None
     guesses = proba.argmax(axis=1)
     loss = cross_entropy(np.log(np.maximum(proba, np.finfo(proba.dtype).tiny)), data.labels)[0]

@@ -6,14 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from fusedattn.cli import _options
-
-CHUNK = 1024  # texts at a time: what a kill can cost
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,8 +34,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict chunk by chunk; 0."""
-    from tqdm import tqdm
-
     from fusedattn.encoder import TextClassifier
 
     if args.resume and args.out is None:
@@ -55,11 +51,9 @@ def run(args: argparse.Namespace) -> int:
             output = open(args.out, "a" if done else "w", encoding="utf-8")
         try:
             rest = iter(texts[done:])
-            with tqdm(total=len(texts), initial=done, disable=None, unit="text") as bar:
-                while chunk := list(islice(rest, CHUNK)):
-                    output.writelines(json_lines(model, chunk))
-                    output.flush()
-                    bar.update(len(chunk))
+            for proba in _options.probabilities(model, texts, done):
+                output.writelines(json_lines(model.names, islice(rest, len(proba)), proba))
+                output.flush()
         finally:
             if args.out is not None:
                 output.close()
@@ -68,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def json_lines(model: Any, texts: list[str]) -> Iterator[str]:
-    """A line for each text."""
-    for text, p in zip(texts, model.predict_proba(texts), strict=True):
+def json_lines(names: Sequence[str], texts: Iterable[str], proba: Any) -> Iterator[str]:
+    """A line for each text and its row of probabilities."""
+    for text, p in zip(texts, proba, strict=True):
         row = {
             "text": text,
-            "label": model.names[int(p.argmax())],
-            "probabilities": {n: round(float(x), 6) for n, x in zip(model.names, p, strict=True)},
+            "label": names[int(p.argmax())],
+            "probabilities": {name: round(float(x), 6) for name, x in zip(names, p, strict=True)},
         }
         yield json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -19,7 +19,12 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, max_length: int = 512
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    lowercase: bool = True,
+    max_length: int = 512,
+    split_chinese: bool = True,
 ) -> Tokenizer:
     """Train a WordPiece tokenizer that treats text as BERT's does.
 
@@ -36,6 +41,10 @@ def train_tokenizer(
         Lower the case and strip accents.
     max_length : int, default 512
         Longer texts are cut to this many tokens, [CLS] and [SEP] included.
+    split_chinese : bool, default True
+        Make each Chinese character a word, as BERT does. Without it, what stands between two signs
+        of punctuation is cut into frequent strings of characters, and so is any other word: pieces
+        are the same at a word's beginning and inside it, without ##.
 
     Returns
     -------
@@ -44,7 +53,8 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
 
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, handle_chinese_chars=split_chinese)
+    inside = "##" if split_chinese else ""
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter(
         word
@@ -60,9 +70,9 @@ def train_tokenizer(
     pieces: Counter[str] = Counter()
     for word, count in words.items():
         for i, letter in enumerate(word):
-            letters["##" * (i > 0) + letter] += count
+            letters[inside * (i > 0) + letter] += count
         for i, token in enumerate(pairs.model.tokenize(word)):
-            pieces["##" * (i > 0) + token.value] += count
+            pieces[inside * (i > 0) + token.value] += count
     # The letters first, so that few words are unknown; the commonest before the rarer.
     order = [
         piece
@@ -71,10 +81,13 @@ def train_tokenizer(
     ]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *order][:vocab_size])}
 
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    model = models.WordPiece(vocabulary, unk_token="[UNK]", continuing_subword_prefix=inside)
+    if not split_chinese:
+        model.max_input_chars_per_word = 1000  # a sentence may be one word
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.decoder = decoders.WordPiece() if split_chinese else decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(
