@@ -8,13 +8,14 @@ times the error that independent roundings of all products and logits would add 
 (`rounding`). Tests with many numbers ask for a lower floor.
 
 For a 16-bit type the careful computation widens the input to float32, computes there, and rounds
-each result once to the type; the floor stays float32's. Its gradients start from the rounded
-output, as `attention_backward` must, which is given no other: delta = rowsum(dout * out) inherits
-that rounding. ``saved=False`` asks for the harder bound, of one that kept out in float32.
+each result once to the type; the floor stays float32's. All gradients, the oracle's too, start from
+the rounded output, as `attention_backward` must, which is given no other: delta = rowsum(dout *
+out) inherits that rounding. ``saved=False`` asks for the harder bound, of gradients without it.
 """
 
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,7 +26,9 @@ import fusedattn
 from fusedattn.reference._formula import (
     Rules,
     _group,
+    _kept,
     _logits,
+    _per_sample,
     _reduce_to,
     _sum_group,
     _t,
@@ -64,10 +67,17 @@ def compute_type(dtype: Any) -> Any:
     return np.float64 if dtype == np.float64 else np.float32
 
 
+def dtype_of(name: str, p: Problem) -> Any:
+    """That of a result: the gradient of the sinks is of theirs."""
+    if name == "dsinks":
+        return p.rules["sinks"].dtype
+    return compute_type(p.q.dtype) if name == "lse" else p.q.dtype
+
+
 def fused(p: Problem, need: Sequence[str] | None = None, **options: Any) -> dict[str, np.ndarray]:
     """Results of the kernel under test, forward and the gradients in ``need``, by default all."""
     if need is None:
-        need = ("q", "k", "v", "bias") if "bias" in p.rules else ("q", "k", "v")
+        need = ("q", "k", "v", *(name for name in ("bias", "sinks") if name in p.rules))
     options = p.options | options
     out, lse = fusedattn.attention(p.q, p.k, p.v, return_lse=True, **options)
     results = {"out": out, "lse": lse}
@@ -88,16 +98,12 @@ def once(compute: Callable[..., Answer]) -> Callable[..., Answer]:
 
     @functools.wraps(compute)
     def remembered(p: Problem, *others: Any) -> Answer:
-        arrays = [p.q, p.k, p.v, p.dout, p.dlse, *others, *p.rules.values()]
-        key = hashlib.blake2b(repr((p.layout, list(p.rules))).encode())
-        for x in map(np.asarray, arrays):
-            key.update(repr((x.dtype.str, x.dtype.name, x.shape)).encode())
-            key.update(repr(x).encode() if x.dtype == object else x.tobytes())
-        if key.digest() not in known:
+        key = hashlib.blake2b(pickle.dumps((p, others))).digest()
+        if key not in known:
             if len(known) >= 500:
                 known.clear()
-            known[key.digest()] = compute(p, *others)
-        return known[key.digest()]
+            known[key] = compute(p, *others)
+        return known[key]
 
     return remembered
 
@@ -113,19 +119,29 @@ def oracle(p: Problem, saved: np.ndarray | None = None) -> dict[str, np.ndarray]
     out, lse = forward(q, k, v, Rules(**p.rules))
     dlse = np.zeros(lse.shape, real) if p.dlse is None else p.dlse.reshape(lse.shape)
     kept = out if saved is None else p.heads_first(saved.astype(real))
-    dq, dk, dv, dbias, _ = backward(dout, q, k, v, kept, lse, dlse, Rules(**p.rules))
+    dq, dk, dv, dbias, dsinks = backward(dout, q, k, v, kept, lse, dlse, Rules(**p.rules))
     results = {"out": out, "dq": dq, "dk": dk, "dv": dv}
     results = {n: p.heads_first(x) if p.q.ndim > 2 else x[0] for n, x in results.items()}
     results["lse"] = lse if p.q.ndim > 2 else lse[0]
-    return results if dbias is None else results | {"dbias": dbias}
+    others = {"dbias": dbias, "dsinks": dsinks}
+    return results | {name: x for name, x in others.items() if x is not None}
 
 
 @dataclass
 class Scores:
-    """What `unfused` and `rounding` share: the logits and the weights they give."""
+    """What `unfused` and `rounding` share: the logits by their parts, and the weights they give.
+
+    ``bent`` is tanh(logit / softcap), ``slope`` its derivative, ``kept`` dropout's factors; numbers
+    where there is no such rule. ``sink`` is the weight of the sinks, (..., H, Sq).
+    """
 
     s: np.ndarray
+    alibi: Any
+    bent: Any
+    slope: Any
+    kept: Any
     p: np.ndarray
+    sink: np.ndarray
     lse: np.ndarray
     scale: Any
     group: int
@@ -134,45 +150,74 @@ class Scores:
 def scores(p: Problem, q: np.ndarray, k: np.ndarray) -> Scores:
     """In the dtype of q; heads first, keys not yet repeated."""
     rules, group, real = Rules(**p.rules), _group(q, k), q.dtype.type
+    batch, heads = q.shape[:-3], q.shape[-3]
     k = np.repeat(k, group, axis=-3)
     allowed = _logits(q.astype(np.float64), k.astype(np.float64), rules)[1]
     scale = real(q.shape[-1] ** -0.5 if rules.scale is None else rules.scale)
     s = (q * scale) @ _t(k)
+    bent, slope, alibi = real(0), real(1), real(0)
+    if rules.softcap:
+        bent = np.tanh(s / real(rules.softcap))
+        s, slope = real(rules.softcap) * bent, (1 - bent) * (1 + bent)
+    if rules.alibi_slopes is not None:
+        slopes = np.asarray(rules.alibi_slopes, real)
+        slopes = slopes if slopes.ndim == 1 else slopes.reshape(*batch, heads)
+        positions = np.arange(q.shape[-2])[:, None] + _per_sample(rules.q_offset, batch)
+        alibi = slopes[..., None, None] * abs(positions - np.arange(k.shape[-2])).astype(real)
+        s = s - alibi
     if rules.bias is not None:
         s = s + np.asarray(rules.bias, real)
     s = np.where(allowed, s, real(-np.inf))
-    top = s.max(axis=-1, initial=-np.inf, keepdims=True)
+    sinks = np.full(heads, -np.inf, real) if rules.sinks is None else np.asarray(rules.sinks, real)
+    sinks = np.where(allowed.any(axis=-1), sinks[:, None], real(-np.inf))[..., None]
+    top = np.maximum(s.max(axis=-1, initial=-np.inf, keepdims=True), sinks)
     top = np.where(np.isneginf(top), real(0), top)
-    weights = np.exp(s - top)
-    total = weights.sum(axis=-1, keepdims=True)
+    weights, sink = np.exp(s - top), np.exp(sinks - top)
+    total = weights.sum(axis=-1, keepdims=True) + sink
     with np.errstate(divide="ignore"):
         lse = np.log(total) + top
-    return Scores(s, weights / np.where(total > 0, total, real(1)), lse[..., 0], scale, group)
+    total = np.where(total > 0, total, real(1))
+    kept = np.asarray(_kept(s.shape, rules)).astype(real)
+    return Scores(
+        s,
+        alibi,
+        bent,
+        slope,
+        kept,
+        weights / total,
+        (sink / total)[..., 0],
+        lse[..., 0],
+        scale,
+        group,
+    )
 
 
 @once
-def unfused(p: Problem, saved: bool = True) -> dict[str, np.ndarray]:
+def unfused(p: Problem, saved: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """All results, heads first, by the textbook and in the precision of the input.
 
-    ``saved``: the gradients use the output as it was returned, rounded to the dtype of q.
+    ``saved``: the output that gradients start from, in the problem's layout; by default its own.
     """
     real = compute_type(p.q.dtype)
     q, k, v, dout = (p.heads_first(np.asarray(x, real)) for x in (p.q, p.k, p.v, p.dout))
     x = scores(p, q, k)
     hkv, k, v = k.shape[-3], np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
-    out = x.p @ v
-    kept = out.astype(p.q.dtype).astype(real) if saved else out
+    weights = x.p * x.kept
+    out = weights @ v
+    kept = out if saved is None else p.heads_first(saved.astype(real))
     delta = (dout * kept).sum(axis=-1, keepdims=True)
     if p.dlse is not None:
         delta = delta - p.dlse.reshape(delta.shape)
-    ds = x.p * (dout @ _t(v) - delta)
-    results = {"out": out, "lse": x.lse, "dq": x.scale * (ds @ k)}
-    results["dk"] = _sum_group(x.scale * (_t(ds) @ q), hkv, x.group)
-    results["dv"] = _sum_group(_t(x.p) @ dout, hkv, x.group)
+    ds = x.p * (x.kept * (dout @ _t(v)) - delta)
+    bent = x.scale * (ds * x.slope)
+    results = {"out": out, "lse": x.lse, "dq": bent @ k}
+    results["dk"] = _sum_group(_t(bent) @ q, hkv, x.group)
+    results["dv"] = _sum_group(_t(weights) @ dout, hkv, x.group)
     if "bias" in p.rules:
         results["dbias"] = _reduce_to(ds, np.shape(p.rules["bias"]))
-    lse = results.pop("lse")
-    return {name: x.astype(p.q.dtype) for name, x in results.items()} | {"lse": lse}
+    if "sinks" in p.rules:
+        results["dsinks"] = _reduce_to(-x.sink * delta[..., 0], (x.p.shape[-3], 1))[:, 0]
+    return {name: x.astype(dtype_of(name, p)) for name, x in results.items()}
 
 
 @once
@@ -188,29 +233,40 @@ def rounding(p: Problem) -> dict[str, float]:
     k, v = np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
     bias = np.asarray(p.rules.get("bias", 0.0), np.float64)
     bias = np.where(np.isfinite(bias), bias, 0.0)
+    sinks = np.asarray(p.rules.get("sinks", 0.0), np.float64)
 
     def product2(a2: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.asarray(a2 @ b**2 + (a @ b) ** 2)
 
-    s2 = np.where(x.p > 0, x.scale**2 * product2(q**2, q, _t(k)) + bias**2, 0.0)
+    # Softcap bends the product's error too; the distance, times the slope, is rounded like a bias.
+    raw2 = x.scale**2 * product2(q**2, q, _t(k))
+    cap = p.rules.get("softcap", 0.0)
+    s2 = x.slope**2 * raw2 + (cap * x.bent) ** 2 + x.alibi**2 + bias**2
+    s2 = np.where(x.p > 0, s2, 0.0)
     weight2 = x.p**2 * (1 + s2)
-    lse2 = 1 + s2.max(axis=-1, initial=0, keepdims=True)
+    lse2 = 1 + s2.max(axis=-1, initial=0, keepdims=True) + sinks.reshape(-1, 1, 1) ** 2
     lse2 += np.where(np.isfinite(x.lse), x.lse, 0.0)[..., None] ** 2
-    out, out2, dp = x.p @ v, product2(weight2, x.p, v), dout @ _t(v)
+    weights, dp = x.p * x.kept, x.kept * (dout @ _t(v))
+    out, out2 = weights @ v, product2(weight2 * x.kept**2, weights, v)
     delta = (dout * out).sum(axis=-1, keepdims=True)
     delta2 = (dout**2 * (out**2 + out2)).sum(axis=-1, keepdims=True) + delta**2
     if p.dlse is not None:
         dlse = p.dlse.reshape(delta.shape)
         delta, delta2 = delta - dlse, delta2 + dlse**2
     ds = x.p * (dp - delta)
-    ds2 = x.p**2 * (product2(dout**2, dout, _t(v)) + delta2) + weight2 * (dp - delta) ** 2
+    ds2 = x.p**2 * (x.kept**2 * product2(dout**2, dout, _t(v)) + delta2)
+    ds2 = ds2 + weight2 * (dp - delta) ** 2
+    # d tanh = 1 - tanh^2, of a tanh that is rounded and of an argument that was.
+    slope2 = (2 * x.bent) ** 2 * (x.bent**2 + x.slope**2 * raw2 / (cap or 1.0) ** 2) + x.slope**2
+    bent, bent2 = ds * x.slope, ds2 * x.slope**2 + ds**2 * slope2
     squares = {
         "out": out2,
         "lse": lse2,
         # The errors of delta and of the LSE are the same for all keys: they add before squaring.
-        "dq": x.scale**2 * (product2(ds2, ds, k) + delta2 * (x.p @ k) ** 2 + lse2 * (ds @ k) ** 2),
-        "dk": x.scale**2 * x.group * product2(_t(ds2), _t(ds), q),
-        "dv": x.group * product2(_t(weight2), _t(x.p), dout),
+        "dq": x.scale**2
+        * (product2(bent2, bent, k) + delta2 * ((x.p * x.slope) @ k) ** 2 + lse2 * (bent @ k) ** 2),
+        "dk": x.scale**2 * x.group * product2(_t(bent2), _t(bent), q),
+        "dv": x.group * product2(_t(weight2 * x.kept**2), _t(weights), dout),
     }
     if "bias" in p.rules:
         # So they do here, over the keys along which the bias was broadcast.
@@ -218,6 +274,10 @@ def rounding(p: Problem) -> dict[str, float]:
         row2 = delta2 * _reduce_to(x.p, keys) ** 2 + lse2 * _reduce_to(ds, keys) ** 2
         squares["dbias"] = _reduce_to(ds2, bias.shape) + _reduce_to(ds, bias.shape) ** 2
         squares["dbias"] = squares["dbias"] + _reduce_to(row2, bias.shape)
+    if "sinks" in p.rules:
+        terms2 = x.sink[..., None] ** 2 * (delta2 + delta**2 * (1 + lse2))
+        total2 = _reduce_to(x.sink[..., None] * delta, (x.p.shape[-3], 1, 1)) ** 2
+        squares["dsinks"] = _reduce_to(terms2, (x.p.shape[-3], 1, 1)) + total2
     return {name: float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
 
 
@@ -246,13 +306,14 @@ def error(got: np.ndarray, exact: np.ndarray, name: str) -> float:
 def assert_accurate(
     got: dict[str, np.ndarray], p: Problem, floor: float = FLOOR, saved: bool = True
 ) -> None:
-    """Compare results, in the problem's layout, with what is allowed; ``saved`` as in `unfused`."""
-    exact, careful, natural = oracle(p), unfused(p, saved), rounding(p)
+    """Compare results, in the problem's layout, with what is allowed; ``saved``: see the top."""
+    out = got["out"] if saved and p.q.dtype.itemsize == 2 else None
+    exact, careful, natural = oracle(p, out), unfused(p, out), rounding(p)
     real = compute_type(p.q.dtype)
     eps = np.finfo(real).eps
     for name, result in got.items():
         assert result.shape == exact[name].shape, name
-        assert result.dtype == (real if name == "lse" else p.q.dtype), name
+        assert result.dtype == dtype_of(name, p), name
         factor = FORWARD if name in ("out", "lse") else GRADIENT
         place = p.heads_first if name in ("out", "dq", "dk", "dv") else np.asarray
         best = error(careful[name].reshape(place(exact[name]).shape), place(exact[name]), name)

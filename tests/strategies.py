@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-from tests.accuracy import Problem
+from tests.accuracy import Problem, compute_type
 
 # Around the widths of vectors and tiles.
 LENGTHS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 127, 128, 129, 130, 197, 331)
@@ -124,8 +124,32 @@ def rules_for(draw: Any, sizes: dict[str, Any], dtype: Any, seed: int) -> dict[s
         if draw(st.booleans()):
             bias = np.where(rng.random(bias.shape) < 0.3, dtype(-np.inf), bias)
         rules["bias"] = bias
-    if has_batch and draw(st.integers(0, 2)) == 0:
-        rules["kv_lengths"] = rng.integers(0, sk + 1, lead)
+    if draw(st.integers(0, 3)) == 0:
+        ends = st.sampled_from([-1, 0, 1, 7, 16, 64, 100])
+        rules["window"] = (draw(ends), draw(ends))
+    for name, length in (("q_lengths", sq), ("kv_lengths", sk)):
+        if has_batch and draw(st.integers(0, 3)) == 0:
+            rules[name] = rng.integers(0, length + 1, lead)
+    if draw(st.integers(0, 3)) == 0:
+        rules["softcap"] = draw(st.sampled_from([0.5, 3.0, 50.0]))
+    heads, samples = (1, ()) if lead is None else (sizes["h"], lead)
+    if draw(st.integers(0, 3)) == 0:
+        each = (*samples, heads) if draw(st.booleans()) else (heads,)
+        rules["alibi_slopes"] = rng.random(each).astype(draw(st.sampled_from([np.float32, dtype])))
+    if draw(st.integers(0, 3)) == 0:
+        rules["sinks"] = rng.standard_normal(heads).astype(
+            draw(st.sampled_from([np.float32, dtype]))
+        )
+    if draw(st.integers(0, 3)) == 0:
+        count = draw(st.integers(1, 4))
+        packed = draw(st.booleans())  # ascending ids, as documents in a row have, or any
+        q_ids, k_ids = (rng.integers(0, count, (*samples, n)) for n in (sq, sk))
+        if packed:
+            q_ids, k_ids = np.sort(q_ids), np.sort(k_ids)
+        rules["segment_ids"] = k_ids if sq == sk and draw(st.booleans()) else (q_ids, k_ids)
+    if draw(st.integers(0, 3)) == 0:
+        rules["dropout_p"] = draw(st.sampled_from([0.1, 0.5, 0.9]))
+        rules["seed"] = seed * 2**32 + seed
     return rules
 
 
@@ -135,7 +159,7 @@ def problems(draw: Any) -> Problem:
     sizes = draw(shapes())
     dtype = draw(st.sampled_from(DTYPES))
     seed = draw(st.integers(0, 2**32 - 1))
-    return make(
+    problem = make(
         sizes,
         layout=draw(st.sampled_from(["bhsd", "bshd"])),
         dtype=dtype,
@@ -143,3 +167,9 @@ def problems(draw: Any) -> Problem:
         memory=tuple(draw(st.sampled_from(MEMORY)) for _ in range(4)),
         seed=seed,
     )
+    if draw(st.booleans()):
+        rows = problem.heads_first(problem.dout).shape[:-1]
+        rows = rows if sizes["lead"] is not None else rows[1:]
+        dlse = np.random.default_rng(seed + 1).standard_normal(rows)
+        problem.dlse = dlse.astype(compute_type(dtype))
+    return problem
