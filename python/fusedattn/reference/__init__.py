@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fusedattn.reference._dropout import dropout_mask
-from fusedattn.reference._formula import Array, Rules, backward, forward
+from fusedattn.reference._formula import Array, Rules, _logits, backward, forward
 
 __all__ = [
     "AttentionGradients",
@@ -27,6 +27,7 @@ __all__ = [
     "attention_varlen_backward",
     "attention_vjp",
     "dropout_mask",
+    "logits",
 ]
 
 
@@ -213,6 +214,21 @@ def attention_varlen_backward(
             dsinks += grads.dsinks
     total = {"q": dq, "k": dk, "v": dv, "bias": dbias, "sinks": dsinks}
     return AttentionGradients(*(x if name in need else None for name, x in total.items()))
+
+
+def logits(q: ArrayLike, k: ArrayLike, *, layout: str = "bhsd", **rules: Any) -> Array:
+    """The final logits, (..., H, Sq, Sk) in float64: -inf where a rule masks.
+
+    Parameters
+    ----------
+    q, k, layout, **rules
+        As in `attention`; sinks and dropout, which come later, have no effect.
+    """
+    qh, kh = (_heads_first(x, layout) for x in (q, k))
+    kh = np.repeat(kh, qh.shape[-3] // max(kh.shape[-3], 1), axis=-3)
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = _logits(qh, kh, Rules(**rules))[0]
+    return s if np.ndim(q) > 2 else np.asarray(s[0])
 
 
 def _sequences(
