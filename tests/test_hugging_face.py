@@ -9,9 +9,10 @@ import pytest
 
 from fusedattn.encoder import Encoder, EncoderConfig, MaskedLM, TextClassifier
 from fusedattn.nn import flatten
-from fusedattn.text import pack, train_tokenizer
+from fusedattn.text import pack
 
 pytest.importorskip("safetensors", reason="folders need safetensors")
+pytest.importorskip("tokenizers", reason="text needs tokenizers")
 torch = pytest.importorskip("torch", reason="compares with PyTorch")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -139,14 +140,3 @@ def test_transformers_reads_what_is_written(family, head, tmp_path):
     np.testing.assert_allclose(our_answer(ours, sentences()), expected, rtol=0, atol=1e-4)
     back = type(ours).from_pretrained(tmp_path)
     np.testing.assert_equal(flatten(back.params), flatten(ours.params))
-
-
-def test_the_tokenizer_of_transformers_agrees(tmp_path):
-    pytest.importorskip("tokenizers", reason="text needs tokenizers")
-    tokenizer = train_tokenizer(["some words to learn"] * 5, VOCABULARY, max_length=9)
-    config = EncoderConfig.from_dict({**SHAPE, "vocab_size": tokenizer.get_vocab_size()})
-    Encoder(config, tokenizer=tokenizer).save_pretrained(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.model_max_length, theirs.mask_token) == (9, "[MASK]")
-    texts = ["Some words, to learn", "", "words " * 20]
-    assert theirs(texts, truncation=True)["input_ids"] == [tokenizer.encode(t).ids for t in texts]

@@ -59,20 +59,36 @@ def test_causal_starts_top_left_as_in_pytorch(lengths):
     np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", masks())
-def test_gradients_agree_with_pytorch(name):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("hkv", [4, 2, 1])
+@pytest.mark.parametrize("scale", [None, -0.3])
+@pytest.mark.parametrize("name", [*masks(), "causal"])
+def test_gradients_agree_with_pytorch(name, scale, hkv, dtype):
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
-    leaves = [torch.tensor(x, requires_grad=True) for x in arrays()]
-    mask = masks()[name]
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays(hkv, dtype)]
+    mask, rule = masks().get(name), {"is_causal": name == "causal", "scale": scale}
+    bias, attn_mask = None, None
+    if mask is not None:
+        mask = mask if mask.dtype == bool else mask.astype(dtype)
+        attn_mask = torch.tensor(mask)
+        if attn_mask.is_floating_point():
+            bias = attn_mask.requires_grad_()
     out = torch.nn.functional.scaled_dot_product_attention(
-        *leaves, attn_mask=None if mask is None else torch.tensor(mask)
+        *leaves, attn_mask=attn_mask, **rule, enable_gqa=hkv == 2
     )
-    dout = np.random.default_rng(2).standard_normal(out.shape).astype(np.float32)
+    dout = np.random.default_rng(2).standard_normal(out.shape).astype(dtype)
     out.backward(torch.tensor(dout))
-    rule = {} if mask is None else {"mask" if mask.dtype == bool else "bias": mask}
-    _, vjp = fusedattn.attention_vjp(*arrays(), **rule)
-    for got, leaf in zip(vjp(dout), leaves, strict=False):
-        np.testing.assert_allclose(got, leaf.grad.numpy(), rtol=2e-5, atol=5e-6)
+    if mask is not None:
+        rule["mask" if mask.dtype == bool else "bias"] = mask
+    need = ("q", "k", "v") if bias is None else ("q", "k", "v", "bias")
+    _, vjp = fusedattn.attention_vjp(*arrays(hkv, dtype), need=need, **rule)
+    eps = np.finfo(dtype).eps
+    for got, leaf in zip(vjp(dout), (*leaves, bias), strict=False):
+        if leaf is not None:
+            expected = leaf.grad.numpy()
+            if leaf is bias:  # a row that sees nothing has NaN there
+                expected = np.where(np.isneginf(mask).all(axis=-1, keepdims=True), 0, expected)
+            np.testing.assert_allclose(got, expected, rtol=200 * eps, atol=50 * eps)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +133,8 @@ def test_any_leading_dimensions():
     ("changed", "error", "message"),
     [
         ({"attn_mask": np.ones((5, 7), bool), "is_causal": True}, ValueError, "attn_mask.*None"),
-        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p.*-0.1"),
+        ({"dropout_p": 0.1, "seed": -1}, ValueError, "seed.*-1"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p.*1.5"),
         ({"attn_mask": np.ones((5, 7), int)}, TypeError, "(mask|bias).*int64"),
         ({"attn_mask": np.ones((5, 8), bool)}, ValueError, r"mask.*\(5, 8\)"),
@@ -132,6 +149,16 @@ def test_errors(changed, error, message):
         fusedattn.scaled_dot_product_attention(
             **({"query": query, "key": key, "value": value} | changed)
         )
+
+
+def test_dropout():
+    query, key, value = arrays()
+    expected = fusedattn.attention(query, key, value, dropout_p=0.4, seed=8)
+    got = fusedattn.scaled_dot_product_attention(query, key, value, None, 0.4, seed=8)
+    np.testing.assert_array_equal(got, expected)
+    fresh = [fusedattn.scaled_dot_product_attention(query, key, value, None, 0.4) for _ in "ab"]
+    assert not np.array_equal(*fresh)
+    assert not fusedattn.scaled_dot_product_attention(query, key, value, None, 1.0).any()
 
 
 def test_scale_and_enable_gqa_are_keywords_only():

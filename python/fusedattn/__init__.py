@@ -8,7 +8,13 @@ from fusedattn._attention import (
     attention_vjp,
 )
 from fusedattn._core import __version__
-from fusedattn._faces import scaled_dot_product_attention
+from fusedattn._faces import (
+    dot_product_attention,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    scaled_dot_product_attention,
+)
 from fusedattn._kvcache import KVCache, attention_with_kvcache
 from fusedattn._runtime import cpu_info, get_num_threads, set_num_threads
 from fusedattn._states import merge_attention_states, merge_attention_states_backward
@@ -25,6 +31,10 @@ __all__ = [
     "attention_vjp",
     "attention_with_kvcache",
     "cpu_info",
+    "dot_product_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "get_num_threads",
     "merge_attention_states",
     "merge_attention_states_backward",

@@ -84,8 +84,7 @@ def from_disk(
                 continue
             unused = config.unused_positions if name == _POSITIONS else 0
             shape = (part.shape[0] + unused, *part.shape[1:])
-            real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-            if array.shape != shape or not real:
+            if array.shape != shape or array.dtype.kind != "f":
                 raise ValueError(
                     f"path: {path} has {on_disk} of shape {array.shape} and {array.dtype}, "
                     f"its config.json implies {shape} and floats"

@@ -1,4 +1,4 @@
-"""Attention under the names and meanings of other libraries; each is thin and says what differs."""
+"""Attention as PyTorch has it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    seed: int | None = None,
 ) -> NDArray[Any]:
     """``torch.nn.functional.scaled_dot_product_attention`` for NumPy arrays.
 
@@ -34,7 +35,8 @@ def scaled_dot_product_attention(
     - Together, ``attn_mask`` and ``is_causal`` are always an error, as PyTorch documents; some of
       its kernels let the pair pass.
     - Errors are TypeError and ValueError where PyTorch raises RuntimeError.
-    - Dropout is not implemented.
+    - Dropout draws from no global generator but from ``seed``, an argument that PyTorch lacks; the
+      weights that it drops are other ones than PyTorch's.
 
     A query whose keys are all masked gets 0, as in PyTorch.
 
@@ -47,7 +49,8 @@ def scaled_dot_product_attention(
         Where bool, True takes part in attention. Where float, it is added to the logits, and its
         dtype is that of query.
     dropout_p : float
-        Probability of dropping an attention weight; 0 is all that is implemented.
+        Probability of dropping an attention weight; the others are scaled by 1 / (1 - dropout_p).
+        As in PyTorch there is no training mode: pass 0 for evaluation.
     is_causal : bool
         Query i sees keys 0 to i: the causal triangle starts at the top left also where L and S
         differ.
@@ -55,6 +58,8 @@ def scaled_dot_product_attention(
         Factor of query . key, by default 1 / sqrt(E).
     enable_gqa : bool
         Allow key and value to have fewer heads than query: (..., Hkv, S, E), Hkv dividing H.
+    seed : int, optional
+        Decides what is dropped, see `attention`; by default another one for each call.
 
     Returns
     -------
@@ -64,8 +69,6 @@ def scaled_dot_product_attention(
     ------
     TypeError, ValueError
         For input that does not fit the above; the message names the argument.
-    NotImplementedError
-        If ``dropout_p`` is positive.
 
     See Also
     --------
@@ -73,8 +76,6 @@ def scaled_dot_product_attention(
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p!r}")
-    if dropout_p > 0.0:
-        raise NotImplementedError(f"dropout_p: only 0 is implemented, got {dropout_p!r}")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None when is_causal is True, got a mask")
     if not enable_gqa:
@@ -84,7 +85,10 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = np.asarray(attn_mask)
         rule["mask" if attn_mask.dtype == np.bool_ else "bias"] = attn_mask
-    out: NDArray[Any] = attention(query, key, value, is_causal=bool(is_causal), scale=scale, **rule)
+    out: NDArray[Any] = attention(
+        query, key, value, is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p,
+        seed=seed, **rule,
+    )  # fmt: skip
     return out
 
 
