@@ -226,7 +226,10 @@ bool attention_forward(const Call& c, Loop& loop) {
             c.d,
             c.d_v,
             c.scale,
-            c.rules(b, h)};
+            c.rules(b, h),
+            c.pages.table ? Pages{c.pages.table + b * c.page_columns, c.pages.rows, c.pages.k_page,
+                                  c.pages.v_page}
+                          : Pages{}};
   };
   struct Place {
     index_t b, h, g, begin, end;
@@ -249,7 +252,8 @@ bool attention_forward(const Call& c, Loop& loop) {
     const auto [b, h, g, begin, end] = place(task);
     const ForwardHead head = head_at(b, h);
     NextQueries next{};
-    if (task + threads < numbering.total() && !is_few(numbering.sample(task + threads))) {
+    if (!c.pages.table && task + threads < numbering.total() &&
+        !is_few(numbering.sample(task + threads))) {
       const Place p = place(task + threads);
       next = {c.q.at(p.b, p.h),    c.k.at(p.b, p.g), c.v.at(p.b, p.g),
               c.out.at(p.b, p.h),  p.begin,          p.end,

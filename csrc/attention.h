@@ -50,6 +50,8 @@ struct Call {
   std::vector<double> alibi_slopes;             // (batch, heads), or none
   std::vector<double> sinks;                    // (heads), or none
   Dropout dropout{0, 0, 0, 0, 1.0};
+  Pages pages{nullptr, 0, 0, 0};  // forward; table (batch, columns) if k and v are pages
+  index_t page_columns = 0;
   Tensor dlse;                 // backward; (sq) of each head, `row` apart, compute type
   std::vector<double> dsinks;  // backward; (heads) if needed
   int threads = 1;

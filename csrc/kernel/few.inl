@@ -180,8 +180,8 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
   T *q = carve<T>(free, FEW * ld), *o = carve<T>(free, FEW * ld_v);
   T *p = carve<T>(free, FEW * KEY_BLOCK), *dense = carve<T>(free, FEW * KEY_BLOCK);
   T *k_copy = carve<T>(free, KEY_BLOCK * ld), *v_copy = carve<T>(free, KEY_BLOCK * ld_v);
-  const bool k_native = is_native<E>(h.k);
-  const bool v_ready = sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
+  const bool paged = h.pages.table, k_native = !paged && is_native<E>(h.k);
+  const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
 
   Row<T> rows[FEW];
   int count = 0;
@@ -211,11 +211,15 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
     const index_t k0 = max_index(block, any.low), n = min_index(block + KEY_BLOCK, any.high) - k0;
     // 1. scores
     const char *k = h.k.data + k0 * h.k.row, *v = h.v.data + k0 * h.v.row;
-    const index_t k_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
+    const index_t k_bytes = h.d * index_t(sizeof(E)),
+                  v_bytes = paged ? 0 : h.dv * index_t(sizeof(E));  // nothing to fetch ahead
     if (k_native) {
       few_scores_of<E>(count, rows, n, k, h.k.row, v, h.v.row, v_bytes, h.d);
     } else {
-      copy_rows<E>(h.k, k0, n, h.d, T(1), k_copy, ld);
+      if (paged)
+        copy_pages<E>(h.k, h.pages, h.pages.k_page, k0, n, h.d, k_copy, ld);
+      else
+        copy_rows<E>(h.k, k0, n, h.d, T(1), k_copy, ld);
       few_scores_of<T>(count, rows, n, reinterpret_cast<const char*>(k_copy),
                        ld * index_t(sizeof(T)), v, h.v.row, v_bytes, h.d);
     }
@@ -226,8 +230,10 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
       masked |= rows[r].has_dense;
     }
     // 3. O = O * rescale + P V
-    const Rows<T> vr = rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
-    const char* next = k0 + 2 * n <= any.high ? k + n * h.k.row : nullptr;
+    if (paged) copy_pages<E>(h.v, h.pages, h.pages.v_page, k0, n, h.dv, v_copy, ld_v);
+    const Rows<T> vr =
+        paged ? Rows<T>{v_copy, ld_v} : rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
+    const char* next = !paged && k0 + 2 * n <= any.high ? k + n * h.k.row : nullptr;
     if (masked && !all_finite<T>(vr, n, h.dv)) {
       for (int r = 0; r < count; r++)
         rows[r].has_dense ? few_careful_values<T>(rows[r], n, vr, ld_v)

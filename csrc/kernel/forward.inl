@@ -220,7 +220,8 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
                     void* scratch) {
   using T = Compute<E>;
   char* free = static_cast<char*>(scratch);
-  const bool k_in_place = is_ready<E>(h.k), v_in_place = is_ready<E>(h.v);
+  const bool k_in_place = !h.pages.table && is_ready<E>(h.k),
+             v_in_place = !h.pages.table && is_ready<E>(h.v);
   T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
   T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d),
     *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * h.dv);
@@ -263,8 +264,14 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
   // depend on its neighbours.
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t end = min_index(block + KEY_BLOCK, any.high);
-    const Rows<T> k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
-    const Rows<T> v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
+    Rows<T> k{k_copy, h.d}, v{v_copy, h.dv};
+    if (h.pages.table) {
+      copy_pages<E>(h.k, h.pages, h.pages.k_page, block, end - block, h.d, k_copy, h.d);
+      copy_pages<E>(h.v, h.pages, h.pages.v_page, block, end - block, h.dv, v_copy, h.dv);
+    } else {
+      k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
+      v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
+    }
     for (int s = 0; s < n; s++) {
       Queries<T>& x = subs[s];
       const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);

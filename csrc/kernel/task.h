@@ -56,6 +56,13 @@ struct Rules {
   Dropout dropout;
 };
 
+// Keys and values in pages, as a cache keeps them: key j is row j % rows of page table[j / rows],
+// and page p lies p * k_page (v_page) bytes from the start of k (of v).
+struct Pages {
+  const index_t* table;  // null: rows follow one another
+  index_t rows, k_page, v_page;
+};
+
 // One query head against its key/value head.
 struct ForwardHead {
   Matrix q, k, v;  // (sq, d), (sk, d), (sk, dv)
@@ -64,6 +71,7 @@ struct ForwardHead {
   index_t sq, sk, d, dv;
   double scale;
   Rules rules;
+  Pages pages;
 };
 
 // Queries [begin, end) of the head that the same thread is likely to compute next; begin == end:

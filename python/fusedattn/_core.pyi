@@ -14,6 +14,17 @@ def attention(
     num_threads: int | None,
     return_lse: bool,
 ) -> Any: ...
+def attention_paged(
+    q: Any,
+    k: Any,
+    v: Any,
+    block_table: NDArray[Any],
+    rules: tuple[Any, ...],
+    layout: Any,
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+    return_lse: bool,
+) -> Any: ...
 def attention_backward(
     dout: Any,
     q: Any,

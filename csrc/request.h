@@ -1,0 +1,45 @@
+// Python arguments become a Call: every argument checked in order, by name.
+#pragma once
+
+#include "numpy_view.h"
+
+namespace fusedattn {
+
+// The shapes of one call, and the call with its inputs filled in.
+struct Request {
+  Call call;
+  py::array q, k, v;  // kept alive
+  std::vector<py::array> others;
+  py::dtype dtype, lse_dtype;
+  Shape lead, out_shape, lse_shape, scores;  // scores: what masks and biases broadcast to
+  Axes q_axes, k_axes;
+  Shape segment_rows[2];  // shapes of the segment ids of queries and of keys
+};
+
+// The rules as _attention.py's _rules() lines them up.
+struct RuleArguments {
+  py::object mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
+      q_lengths, kv_lengths, segment_ids, dropout_p, seed;
+
+  explicit RuleArguments(const py::tuple& t) {
+    py::object* const all[] = {&mask,       &bias,        &is_causal,    &q_offset, &window,
+                               &scale,      &softcap,     &alibi_slopes, &sinks,    &q_lengths,
+                               &kv_lengths, &segment_ids, &dropout_p,    &seed};
+    for (std::size_t i = 0; i < std::size(all); i++) *all[i] = t[i];
+  }
+};
+
+// Every sample has the same lengths.
+Request rectangular(py::handle q, py::handle k, py::handle v, const RuleArguments& rules,
+                    py::handle layout, py::handle num_threads);
+
+// Sample b is rows [cu[b], cu[b + 1]) of (T, H, D).
+Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
+               py::handle cu_seqlens_k, const RuleArguments& rules, py::handle num_threads);
+
+// Keys and values in pages: sample b's key j is row j % page_size of page block_table[b, j /
+// page_size].
+Request paged(py::handle q, py::handle k, py::handle v, py::handle block_table,
+              const RuleArguments& rules, py::handle layout, py::handle num_threads);
+
+}  // namespace fusedattn
