@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "_varlen": {"_core", "_attention"},
     "_runtime": {"_core"},
     "_faces": {"_attention", "_kvcache", "_varlen"},
-    "_kvcache": {"_attention"},
+    "_kvcache": {"_attention", "_core", ""},
     "_states": set(),
     "": {
         "_attention",

@@ -45,6 +45,30 @@ def seed_of(seed: Any, dropout_p: Any) -> Any:
     return int.from_bytes(os.urandom(8), "little") if seed is None and dropout_p else seed
 
 
+def line_up(
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: Any = False,
+    q_offset: Any = 0,
+    window: Any = None,
+    scale: Any = None,
+    softcap: Any = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+    segment_ids: Any = None,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+) -> tuple[Any, ...]:
+    """The rules in the order in which the core reads them."""
+    return (
+        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
+        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
+    )  # fmt: skip
+
+
 def attention(
     q: Any,
     k: Any,

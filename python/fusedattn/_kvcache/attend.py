@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fusedattn._attention import attention
+from fusedattn import _core
+from fusedattn._attention import attention, line_up
 from fusedattn._kvcache.cache import KVCache
 from fusedattn._kvcache.checks import check_layout, per_sequence
 
@@ -23,7 +24,10 @@ def attention_with_kvcache(
     q_lengths: ArrayLike | None = None,
     is_causal: bool = True,
     layout: str | None = None,
-    **options: Any,
+    out: Any = None,
+    num_threads: int | None = None,
+    return_lse: bool = False,
+    **rules: Any,
 ) -> Any:
     """Attention of the last queries of each sequence to all of its keys so far.
 
@@ -45,10 +49,12 @@ def attention_with_kvcache(
         A query sees no key after its own position.
     layout : {"bhsd", "bshd"}, optional
         Of q and out, by default the cache's.
-    **options
-        Any other rule or option of :func:`attention`: window, scale, softcap, alibi_slopes, sinks,
-        mask, bias, out, num_threads, return_lse. A mask or a bias has as many keys as the longest
-        sequence after appending. ``q_offset`` and ``kv_lengths`` are the cache's to say.
+    out, num_threads, return_lse
+        As in :func:`attention`.
+    **rules
+        Any other rule of :func:`attention`: window, scale, softcap, alibi_slopes, sinks, mask,
+        bias. A mask or a bias has as many keys as the longest sequence after appending.
+        ``q_offset`` and ``kv_lengths`` are the cache's to say.
 
     Returns
     -------
@@ -57,19 +63,18 @@ def attention_with_kvcache(
 
     Raises
     ------
-    TypeError, ValueError, NotImplementedError
+    TypeError, ValueError
         As :func:`attention` and :meth:`KVCache.append`; the cache's lengths and pages are left as
         they were.
 
     Notes
     -----
-    The keys of a contiguous cache are read in place; pages are gathered first, which takes memory
-    of the size of the tokens in the cache.
+    Keys are read where they are, whether contiguous or in pages.
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
     for name in ("q_offset", "kv_lengths"):
-        if name in options:
+        if name in rules:
             raise TypeError(f"{name}: not an argument of attention_with_kvcache; the cache says")
     if (k is None) != (v is None):
         raise ValueError("v: expected k and v together or neither, got one of them")
@@ -84,14 +89,25 @@ def attention_with_kvcache(
     try:
         if k is not None:
             cache.append(k, v, None if q_lengths is None else counts)
-        keys, values = cache.keys_and_values()
+        rules |= {
+            "is_causal": is_causal,
+            "q_offset": cache.lengths - counts,
+            "kv_lengths": cache.lengths,
+            "q_lengths": None if q_lengths is None else counts,
+        }
+        table, keys, values = cache.block_table, cache.k, cache.v
+        if table is None:
+            keys, values = cache.keys_and_values()
         if layout != cache.layout:
             keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-        return attention(
-            q, keys, values, is_causal=is_causal, q_offset=cache.lengths - counts,
-            kv_lengths=cache.lengths, q_lengths=None if q_lengths is None else counts,
-            layout=layout, **options,
-        )  # fmt: skip
+        if table is None:
+            return attention(
+                q, keys, values, layout=layout, out=out, num_threads=num_threads,
+                return_lse=return_lse, **rules,
+            )  # fmt: skip
+        return _core.attention_paged(
+            q, keys, values, table, line_up(**rules), layout, out, num_threads, return_lse
+        )
     except BaseException:
         cache.truncate(before)
         raise
