@@ -25,7 +25,7 @@ def init_self_attention(rng: Rng, width: int, std: float = 0.02) -> Params:
 
 
 def self_attention(
-    params: Params, x: Array, cu_seqlens: Array, num_heads: int
+    params: Params, x: Array, cu_seqlens: Array, num_heads: int, *, is_causal: bool = False
 ) -> tuple[Array, VJP]:
     """softmax(Q Kᵀ / √D) V inside each sequence and head, between two projections.
 
@@ -38,6 +38,8 @@ def self_attention(
         Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of `x`.
     num_heads : int
         H, a divisor of width; D is width / H.
+    is_causal : bool, default False
+        Whether a row sees only itself and those before it, as in a decoder.
 
     Returns
     -------
@@ -50,13 +52,14 @@ def self_attention(
     # Three strided views (T, H, D); the kernel reads them in place.
     heads = qkv.reshape(tokens, 3, num_heads, width // num_heads)
     q, k, v = heads[:, 0], heads[:, 1], heads[:, 2]
-    o, lse = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, return_lse=True)
+    around = (cu_seqlens, cu_seqlens)
+    o, lse = attention_varlen(q, k, v, *around, is_causal=is_causal, return_lse=True)
     y, out_vjp = linear(params["out"], o.reshape(tokens, width))
 
     def vjp(dy: Array) -> tuple[Params, Array]:
         dout, do = out_vjp(dy)
         grads = attention_varlen_backward(
-            do.reshape(o.shape), q, k, v, o, lse, cu_seqlens, cu_seqlens
+            do.reshape(o.shape), q, k, v, o, lse, *around, is_causal=is_causal
         )
         dheads = np.empty(heads.shape, heads.dtype)
         for i, dhead in enumerate((grads.dq, grads.dk, grads.dv)):
@@ -70,4 +73,5 @@ def self_attention(
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
     """Parameters and arguments of one small call, for the gradient check."""
     params = init_self_attention(rng, 6, std=0.5)
-    return params, (rng.standard_normal((7, 6)), np.array([0, 3, 3, 7])), {"num_heads": 2}
+    options: dict[str, object] = {"num_heads": 2, "is_causal": bool(rng.integers(2))}
+    return params, (rng.standard_normal((7, 6)), np.array([0, 3, 3, 7])), options
