@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from ml_dtypes import finfo
 
-from tests.accuracy import assert_same, fused, oracle
+from fusedattn import reference
+from tests.accuracy import assert_same, compute_type, fused, oracle
 from tests.strategies import DTYPES, HALVES, make
 
 JUNK = (np.nan, np.inf, -np.inf)
@@ -17,23 +18,52 @@ def problem(sk, sq=SQ, dtype=np.float32, **rules):
     return make(sizes, rules=rules, dtype=dtype, seed=sk)
 
 
-def lengths(dtype, turn):
-    """Every length; a third of them, by turns, for the types that share float32's code."""
-    return LENGTHS if dtype in (np.float32, HALVES[1]) else LENGTHS[turn % 3 :: 3]
+def lengths(name, dtype, turn):
+    """Every length for some rules and types; for those that share their code a third, by turns."""
+    everything = name in ("none", "mask", "all") and dtype in (np.float32, HALVES[1])
+    return LENGTHS if everything else LENGTHS[turn % 3 :: 3]
 
 
 def rules_of(name, sk, dtype=np.float32):
     rng = np.random.default_rng(sk)
-    return {
+    rules = {
         "none": {},
         "causal": {"is_causal": True, "q_offset": sk // 2 - 1},
         "kv_lengths": {"kv_lengths": np.array([sk // 2, sk])},
         "mask": {"mask": rng.random((2, 1, SQ, sk)) < 0.5},
         "bias": {"bias": np.where(rng.random((2, SQ, sk)) < 0.5, -np.inf, 0.5).astype(dtype)},
-    }[name]
+        "window": {"window": (sk // 3, 2), "q_offset": sk // 2 - 1},
+        "q_lengths": {"q_lengths": np.array([SQ // 2, SQ])},
+        "segments": {"segment_ids": (rng.integers(0, 3, (2, SQ)), rng.integers(0, 3, (2, sk)))},
+        "softcap": {"softcap": 1.5},
+        "alibi": {"alibi_slopes": np.array([0.5, 0.25]), "q_offset": sk // 2},
+        "sinks": {"sinks": np.array([0.3, -0.2], np.float32)},
+        "dropout": {"dropout_p": 0.4, "seed": sk},
+    }
+    if name == "all":
+        every = {key: value for rule in rules.values() for key, value in rule.items()}
+        return every | {"window": (sk // 2, sk // 2), "is_causal": False}
+    return rules[name]
 
 
-RULES = ("none", "causal", "kv_lengths", "mask", "bias")
+RULES = (
+    "none",
+    "causal",
+    "kv_lengths",
+    "mask",
+    "bias",
+    "window",
+    "q_lengths",
+    "segments",
+    "softcap",
+    "alibi",
+    "sinks",
+    "dropout",
+    "all",
+)
+MASKING = tuple(
+    name for name in RULES if name not in ("none", "softcap", "alibi", "sinks", "dropout")
+)
 
 
 def assert_same_kind(got, exact):
@@ -51,7 +81,7 @@ def assert_same_kind(got, exact):
 @pytest.mark.parametrize("victim", ["q", "k", "v", "bias"])
 def test_allowed_junk_reaches_what_it_should(isa, name, victim, junk, dtype):
     rng = np.random.default_rng(0)
-    for sk in lengths(dtype, JUNK.index(junk)):
+    for sk in lengths(name, dtype, JUNK.index(junk)):
         p = problem(sk, dtype=dtype, **rules_of(name, sk, dtype))
         if victim == "bias":
             if junk < 0:
@@ -70,7 +100,7 @@ def test_allowed_junk_reaches_what_it_should(isa, name, victim, junk, dtype):
 @pytest.mark.parametrize("victim", ["q", "k", "v", "dout"])
 def test_allowed_nan_reaches_the_gradients_it_should(isa, name, victim, dtype):
     rng = np.random.default_rng(0)
-    for sk in lengths(dtype, RULES.index(name) + len(victim)):
+    for sk in lengths(name, dtype, "qkv".find(victim)):
         p = problem(sk, dtype=dtype, **rules_of(name, sk, dtype))
         x = getattr(p, victim)
         x[0, 0, rng.integers(x.shape[2]), rng.integers(x.shape[3])] = np.nan
@@ -82,18 +112,19 @@ def test_allowed_nan_reaches_the_gradients_it_should(isa, name, victim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("junk", [*JUNK, "largest"])
-@pytest.mark.parametrize("name", RULES[1:])
+@pytest.mark.parametrize("name", MASKING)
 def test_masked_junk_reaches_nothing(isa, name, junk, dtype):
     turn = len(str(junk)) + RULES.index(name)
     junk = finfo(dtype).max if junk == "largest" else junk
-    for sk in lengths(dtype, turn):
+    for sk in lengths(name, dtype, turn):
         rules = rules_of(name, sk, dtype)
         clean, dirty = problem(sk, dtype=dtype, **rules), problem(sk, dtype=dtype, **rules)
+        logits = reference.logits(clean.q, clean.k, **rules)
+        seen = ~np.isneginf(logits)
+        blind, unseen = ~seen.any(axis=-1), ~seen.any(axis=(1, 2))[:, None]
+        clean.dlse = np.ones(blind.shape, compute_type(dtype))
+        dirty.dlse = np.where(blind, junk, clean.dlse).astype(clean.dlse.dtype)
         expected = fused(clean)
-        # The gradient of v under dout = 1 is the sum of a key's weights: 0 if nobody sees it.
-        clean.dout = np.ones_like(clean.dout)
-        unseen = (fused(clean)["dv"] == 0).all(axis=-1)
-        blind = np.isneginf(expected["lse"])
         dirty.k[unseen] = dirty.v[unseen] = junk
         dirty.q[blind] = dirty.dout[blind] = junk
         for name_of, x in fused(dirty).items():
@@ -139,14 +170,19 @@ def test_logits_of_minus_infinity_from_allowed_keys(isa):
 
 
 @pytest.mark.parametrize("junk", JUNK)
-def test_junk_at_a_masked_pair_of_the_bias(isa, junk):
-    for sk in LENGTHS:
-        mask = np.random.default_rng(sk).random((SQ, sk)) < 0.6
-        bias = np.random.default_rng(sk).standard_normal((SQ, sk)).astype(np.float32)
-        expected = fused(problem(sk, mask=mask, bias=bias))
-        got = fused(problem(sk, mask=mask, bias=np.where(mask, bias, np.float32(junk))))
-        for name in expected:
-            np.testing.assert_array_equal(got[name], expected[name], name)
+@pytest.mark.parametrize("name", [name for name in MASKING if name != "bias"])
+def test_junk_at_a_masked_pair_of_the_bias(isa, name, junk):
+    for sk in lengths(name, np.float32, JUNK.index(junk)):
+        rules = rules_of(name, sk)
+        bias = rules.pop("bias", np.random.default_rng(sk).standard_normal((SQ, sk)))
+        clean = problem(sk, **rules)
+        masked = np.isneginf(reference.logits(clean.q, clean.k, **rules))
+        dirty = problem(sk, **rules)
+        clean.rules["bias"] = np.where(masked, 0, bias).astype(np.float32)
+        dirty.rules["bias"] = np.where(masked, junk, bias).astype(np.float32)
+        expected = fused(clean)
+        for name_of, x in fused(dirty).items():
+            assert_same(x, expected[name_of], name_of)
 
 
 @pytest.mark.parametrize("junk", JUNK)

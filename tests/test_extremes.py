@@ -1,0 +1,107 @@
+"""Promise 1 at the edges of the numbers: logits and rules that are huge, tiny, negative or 0."""
+
+import numpy as np
+import pytest
+
+from tests.accuracy import assert_accurate, fused
+from tests.strategies import DTYPES, make
+
+
+def problem(dtype, sq, **rules):
+    sizes = {"lead": (2,), "h": 4, "hkv": 2, "sq": sq, "sk": 70, "d": 16, "dv": 9}
+    return make(sizes, dtype=dtype, rules=rules)
+
+
+def grow(x, factor):
+    x[...] = (x.astype(np.float64) * factor).astype(x.dtype)
+
+
+both_kernels = pytest.mark.parametrize("sq", [2, 20])  # that for few queries, and the tiled one
+every_type = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@both_kernels
+@every_type
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, 1e-30, 1e4, -1e4, 1e6])
+def test_scale(isa, scale, dtype, sq):
+    p = problem(dtype, sq, scale=scale)
+    assert_accurate(fused(p), p)
+
+
+@both_kernels
+@every_type
+def test_scale_0_is_the_mean(isa, dtype, sq):
+    p = problem(dtype, sq, scale=0.0)
+    got = fused(p)
+    mean = np.repeat(p.v.astype(np.float64).mean(axis=2, keepdims=True), 2, axis=1)
+    eps = 1e-2 if p.v.dtype.itemsize == 2 else 1e-5
+    np.testing.assert_allclose(got["out"].astype(np.float64), mean + 0 * got["out"], atol=eps)
+    np.testing.assert_allclose(got["lse"], np.log(70), rtol=1e-6)
+    for name in ("dq", "dk"):
+        assert not got[name].any()
+
+
+@both_kernels
+@every_type
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_logits_beyond_the_range_of_float16(isa, softcap, dtype, sq):
+    p = problem(dtype, sq, scale=1.0, softcap=softcap)
+    grow(p.q, 300)
+    grow(p.k, 300)
+    got = fused(p)
+    assert_accurate(got, p)
+    assert softcap or got["lse"].max() > 1e5
+
+
+@both_kernels
+@every_type
+def test_elements_near_the_largest_of_float16(isa, dtype, sq):
+    p = problem(dtype, sq, scale=1e-3)
+    grow(p.q, 12000)
+    grow(p.k, 6000)
+    assert_accurate(fused(p), p)
+
+
+@both_kernels
+@every_type
+@pytest.mark.parametrize("scale", [1e8, 1e20, 1e30])
+def test_a_hard_choice(isa, scale, dtype, sq):
+    """Logits so far apart that each query has one key; the exact choice is a matter of rounding."""
+    p = problem(dtype, sq, scale=scale)
+    got = fused(p, need=())
+    rows = np.repeat(p.v, 2, axis=1)[:, :, None]
+    chosen = (got["out"][..., None, :] == rows).all(axis=-1).sum(axis=-1)
+    np.testing.assert_array_equal(chosen, 1)
+    assert np.isfinite(got["lse"]).all()
+
+
+@both_kernels
+@every_type
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"alibi_slopes": np.array([1e3, 1e-3, 1.0, 0.0]), "q_offset": 10**6},
+        {"alibi_slopes": np.array([-0.1, -1e-3, 1.0, 0.0])},
+        {"sinks": np.array([1e4, -1e4, 100.0, -np.inf])},
+        {"softcap": 1e-4},
+        {"softcap": 1e6},
+        {"softcap": 1.0, "scale": 1e20},
+        {"dropout_p": 1.0, "seed": 1},
+        {"dropout_p": 1 - 2**-20, "seed": 1},
+        {"dropout_p": 2**-20, "seed": 2**64 - 1},
+    ],
+    ids=str,
+)
+def test_rules(isa, rules, dtype, sq):
+    p = problem(dtype, sq, **rules)
+    assert_accurate(fused(p), p)
+
+
+@both_kernels
+@every_type
+@pytest.mark.parametrize("size", [1e4, 6e4])
+def test_biases(isa, size, dtype, sq):
+    p = problem(dtype, sq)
+    rng = np.random.default_rng(0)
+    p.rules["bias"] = rng.uniform(-size, size, (4, sq, 70)).astype(dtype)
+    assert_accurate(fused(p), p)
