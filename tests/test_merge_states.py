@@ -150,7 +150,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("library", [reference], ids=["reference"])
+@pytest.mark.parametrize("library", [fusedattn, reference], ids=["kernel", "reference"])
 def test_gradients_through_parts_are_those_of_the_whole(library, layout):
     q, k, v, dout = arrays(layout=layout)
     mask, ends = some_mask(), (0, 3, 17, SK)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fusedattn
+from tests.accuracy import assert_same
 from tests.strategies import DTYPES
 
 CU = [
@@ -43,6 +44,75 @@ def test_each_sequence_alone(isa, cu_q, cu_k, rules, dtype):
         np.testing.assert_array_equal(grads.dq[i], grads_n.dq[0])
         np.testing.assert_array_equal(grads.dk[j], grads_n.dk[0])
         np.testing.assert_array_equal(grads.dv[j], grads_n.dv[0])
+
+
+LENGTHS_Q, LENGTHS_K = np.array([5, 0, 33, 1, 70]), np.array([9, 4, 40, 0, 129])
+
+
+def rules_of(name, dtype):
+    """A rule for five sequences; arrays by pair reach to the longest."""
+    rng = np.random.default_rng(0)
+    n, h, sq, sk = 5, 4, 70, 129
+    rules = {
+        "mask": {"mask": rng.random((n, 1, sq, sk)) < 0.7},
+        "mask of keys": {"mask": rng.random((n, 1, 1, sk)) < 0.7},
+        "bias": {"bias": rng.standard_normal((n, h, sq, sk)).astype(dtype)},
+        "bias of heads": {"bias": rng.standard_normal((h, 1, sk)).astype(dtype)},
+        "causal": {"is_causal": True, "q_offset": LENGTHS_K - LENGTHS_Q},
+        "window": {"window": (20, 3), "q_offset": rng.integers(0, 9, n)},
+        "softcap": {"softcap": 2.0, "scale": 1.0},
+        "alibi": {"alibi_slopes": rng.random((n, h)), "q_offset": 3},
+        "sinks": {"sinks": rng.standard_normal(h)},
+        "lengths": {"q_lengths": LENGTHS_Q // 2, "kv_lengths": LENGTHS_K - LENGTHS_K // 3},
+        "segments": {
+            "segment_ids": tuple(np.sort(rng.integers(0, 3, (n, m))) for m in (sq, sk)),
+        },
+        "dropout": {"dropout_p": 0.3, "seed": 2**40},
+    }
+    names = rules if name == "all" else [name]
+    return {key: x for one in names for key, x in rules[one].items()}
+
+
+NAMES = ["mask", "mask of keys", "bias", "bias of heads", "causal", "window", "softcap", "alibi"]
+NAMES += ["sinks", "lengths", "segments", "dropout", "all"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_is_padded_bit_for_bit(isa, name, dtype):
+    padded = rules_of(name, dtype)
+    rows, keys = np.arange(70) < LENGTHS_Q[:, None], np.arange(129) < LENGTHS_K[:, None]
+    packed = dict(padded)
+    if "segment_ids" in padded:
+        q_ids, k_ids = padded["segment_ids"]
+        packed["segment_ids"] = q_ids[rows], k_ids[keys]
+    padded.setdefault("q_lengths", LENGTHS_Q)
+    padded.setdefault("kv_lengths", LENGTHS_K)
+    rng = np.random.default_rng(1)
+    shapes = (5, 70, 4, 16), (5, 129, 2, 16), (5, 129, 2, 9), (5, 70, 4, 9)
+    q, k, v, dout = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    real = np.float64 if dtype == np.float64 else np.float32
+    dlse = rng.standard_normal((5, 4, 70)).astype(real)
+    cu = [np.concatenate([[0], np.cumsum(n)]) for n in (LENGTHS_Q, LENGTHS_K)]
+    need = ("q", "k", "v", *(n for n in ("bias", "sinks") if n in padded))
+
+    whole = {"layout": "bshd"} | padded
+    out, lse = fusedattn.attention(q, k, v, return_lse=True, **whole)
+    grads = fusedattn.attention_backward(dout, q, k, v, out, lse, dlse=dlse, need=need, **whole)
+    tight = q[rows], k[keys], v[keys]
+    got, got_lse = fusedattn.attention_varlen(*tight, *cu, return_lse=True, **packed)
+    dlse_packed = dlse.transpose(1, 0, 2)[:, rows]
+    got_grads = fusedattn.attention_varlen_backward(
+        dout[rows], *tight, got, got_lse, *cu, dlse=dlse_packed, need=need, **packed
+    )
+    assert_same(got, out[rows], "out")
+    assert_same(got_lse, lse.transpose(1, 0, 2)[:, rows], "lse")
+    assert_same(got_grads.dq, grads.dq[rows], "dq")
+    assert_same(got_grads.dk, grads.dk[keys], "dk")
+    assert_same(got_grads.dv, grads.dv[keys], "dv")
+    for each in ("dbias", "dsinks"):
+        if getattr(grads, each) is not None:
+            assert_same(getattr(got_grads, each), getattr(grads, each), each)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
