@@ -40,14 +40,14 @@ TRAINING: dict[str, Any] = {
 }
 HIDDEN_SHARE = 0.3  # of the words, in each training batch: the model must not lean on one of them
 WORD_SCALE = 0.5  # of the first word vectors: the larger, the less a step can change them
-EPOCHS = 8
+EPOCHS = 6
 PRETRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "weight_decay": 0.01,
     "max_sentences": 64,
 }
 PRETRAINING_DROPOUT = 0.1
-PRETRAINING_EPOCHS = 8
+PRETRAINING_EPOCHS = 4
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -162,13 +162,13 @@ def starting_encoder(task: Task, seed: int) -> Encoder:
 
 
 def pretrain(encoder: Encoder, task: Task, args: argparse.Namespace, out: Path) -> Encoder:
-    """Teach the encoder to predict masked words of all passages but the test's."""
+    """Teach the encoder to predict masked words of the training passages."""
     from fusedattn.encoder import MaskedLM
     from fusedattn.text import Dataset, Masking, tokenize
     from fusedattn.train import Trainer, TrainingConfig
 
     print(f"Predicting masked words, {args.pretrain_epochs} epochs:", end=" ", flush=True)
-    texts = columns(task.train)[0] + columns(task.other)[0]
+    texts, _ = columns(task.train)
     dropout = encoder.config.hidden_dropout_prob
     encoder.config = replace(encoder.config, hidden_dropout_prob=PRETRAINING_DROPOUT)
     trainer = Trainer(
