@@ -87,7 +87,7 @@ void take_dropout(Call& c, const RuleArguments& rules) {
   if (p < 0 || p > 1)
     wrong_value("dropout_p", "a probability from 0 to 1", py::str(rules.dropout_p));
   if (p == 0) return;
-  c.dropout.threshold = std::uint32_t(std::min(std::round(p * 0x1p32), 0x1p32 - 1));
+  c.dropout.threshold = std::uint32_t(std::clamp(std::round(p * 0x1p32), 1.0, 0x1p32 - 1));
   c.dropout.scale = p == 1 ? 0.0 : 1.0 / (1.0 - p);
   c.dropout.seed = seed_of(rules.seed);
 }

@@ -23,6 +23,11 @@ template <class T> struct BackwardBlock {
   index_t ld, ld_v;  // d, d_v rounded up to W
 };
 
+// P = exp2(s - lse2). It is at most 1; huge logits have rounding errors that would say otherwise.
+template <class T> FA_INLINE Vec<T> probability(Vec<T> s, Vec<T> lse2) {
+  return exp2<T>(min_or_second<T>(Vec<T>{}, s - lse2));
+}
+
 // P and dS of one register tile, or, where rules change them, S and dP in their places.
 template <class T, int NI, int NJ, bool PLAIN>
 FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t i0,
@@ -36,7 +41,7 @@ FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> do
     const Vec<T> l = splat(lse2[i0 + i]);
     FA_UNROLL
     for (int j = 0; j < NJ; j++) {
-      store(p + i * BACK_KEYS + j * W<T>, PLAIN ? exp2<T>(acc[i][j] - l) : acc[i][j]);
+      store(p + i * BACK_KEYS + j * W<T>, PLAIN ? probability<T>(acc[i][j], l) : acc[i][j]);
       acc[i][j] = Vec<T>{};
     }
   }
@@ -72,7 +77,7 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
         slope = one - t * t;
         s = cap * t;
       }
-      Vec<T> p = exp2<T>(s + add - l);
+      Vec<T> p = probability<T>(s + add, l);
       p = masked ? zero : p;
       Vec<T> dp = load(b.ds + at);
       if (b.keep) dp *= load(b.keep + at) * kept;

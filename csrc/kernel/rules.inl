@@ -34,6 +34,8 @@ FA_INLINE Span visible_span(const Rules& rules, index_t begin, index_t end, inde
   return s;
 }
 
+inline constexpr index_t DENSE_AHEAD = 128;  // keys fetched ahead: a block of forward's
+
 // What the boolean mask says of a tile as a whole.
 enum class Cover { none, some, all };
 
@@ -44,6 +46,8 @@ FA_NOINLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t
   for (index_t q = 0; q < nq; q++) {
     const char* p = mask.data + (q0 + q) * mask.row + k0 * mask.col;
     unsigned char seen = 0, missing = 0;
+    prefetch_far(p + DENSE_AHEAD * mask.col);
+    prefetch_far(p + (DENSE_AHEAD + 64) * mask.col);
     if (mask.col == 1)
       for (index_t k = 0; k < nk; k++)
         seen |= (unsigned char)p[k], missing |= (unsigned char)(p[k] == 0);
@@ -80,38 +84,35 @@ template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
 // row[k] = what is added to the logits of one query and keys [k0, k0 + n), times log2(e): ALiBi and
 // bias; -inf where mask or segments forbid or the bias is -inf. A bias so low that its product
 // would be -inf stays finite: where all of a row is that low, no key is masked. Writes up to a
-// multiple of W.
+// multiple of W. Fetches the bias of the keys that come next: rows of a matrix in DRAM are too
+// short for the hardware to see it coming.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void dense_row(const Rules& rules, bool use_mask, index_t q, index_t k0, index_t n,
                            T* row) {
-  const Vec<T> zero{};
-  if (rules.alibi_slope != 0) {
-    // Small integers, exact; counted from a fixed key, so that the bits do not depend on k0.
-    const index_t from = k0 / 64 * 64;
-    const Vec<T> position = splat(T(q + rules.q_offset - from)),
-                 slope = splat(T(-rules.alibi_slope * LOG2E));
-    Vec<T> key = splat(T(k0 - from)) + lane_numbers<T>();
-    for (index_t k = 0; k < n; k += W<T>) {
+  const Matrix& bias = rules.bias;
+  const bool native =
+      bias.data && is_native<E>({bias.data, 0, bias.col}) && bias.row % index_t(sizeof(E)) == 0;
+  const char* b = bias.data ? bias.data + q * bias.row + k0 * bias.col : nullptr;
+  // Distances are small integers, exact; counted from a fixed key, so that the bits do not depend
+  // on k0.
+  const index_t from = k0 / 64 * 64;
+  const Vec<T> zero{}, position = splat(T(q + rules.q_offset - from)),
+                       slope = splat(T(-rules.alibi_slope * LOG2E));
+  Vec<T> key = splat(T(k0 - from)) + lane_numbers<T>();
+  for (index_t k = 0; k < n; k += W<T>) {
+    Vec<T> x{};
+    if (rules.alibi_slope != 0) {
       const Vec<T> ahead = key - position;
-      store(row + k, slope * (ahead < zero ? -ahead : ahead));
+      x = slope * (ahead < zero ? -ahead : ahead);
       key += splat(T(W<T>));
     }
-  } else {
-    for (index_t k = 0; k < n; k += W<T>) store(row + k, zero);
-  }
-  if (rules.bias.data) {
-    const char* p = rules.bias.data + q * rules.bias.row + k0 * rules.bias.col;
-    const bool native = is_native<E>({rules.bias.data, 0, rules.bias.col}) &&
-                        rules.bias.row % index_t(sizeof(E)) == 0;
-    index_t k = 0;
-    if (native)
-      for (; k + W<T> <= n; k += W<T>)
-        store(row + k, add_bias<T>(load_as<E>(p + k * rules.bias.col), load(row + k)));
-    for (; k < n; k += W<T>) {
-      const int left = int(min_index(W<T>, n - k));
-      const Vec<T> bias = gather_as<E>(p + k * rules.bias.col, rules.bias.col, left);
-      store(row + k, add_bias<T>(bias, load(row + k)));
+    if (native && k + W<T> <= n) {
+      prefetch_far(b + (k + DENSE_AHEAD) * bias.col);
+      x = add_bias<T>(load_as<E>(b + k * bias.col), x);
+    } else if (b) {
+      x = add_bias<T>(gather_as<E>(b + k * bias.col, bias.col, int(min_index(W<T>, n - k))), x);
     }
+    store(row + k, x);
   }
   if (use_mask) {
     const char* p = rules.mask.data + q * rules.mask.row + k0 * rules.mask.col;

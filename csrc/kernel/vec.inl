@@ -128,6 +128,23 @@ template <class T> FA_INLINE Vec<T> max_or_second(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// The smaller of a and b; b where either is NaN.
+template <class T> FA_INLINE Vec<T> min_or_second(Vec<T> a, Vec<T> b) {
+#if FUSEDATTN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
+#elif FUSEDATTN_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // GCC would otherwise fold a loaded vector back into a memory operand of every multiply-add that
 // uses it.
 template <class V> FA_INLINE void keep_in_register(V& v) {
