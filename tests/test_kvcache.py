@@ -4,6 +4,8 @@ import copy
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import fusedattn
 from fusedattn import KVCache, attention_with_kvcache
@@ -126,6 +128,59 @@ def test_truncate_and_go_on(kind):
         np.testing.assert_array_equal(out[b], fusedattn.attention(q[b, :, :1], *keys))
     cache.truncate(0)
     assert np.all(attention_with_kvcache(q[:, :, :1], cache) == 0)
+
+
+class LikeLists(RuleBasedStateMachine):  # type: ignore[misc]
+    """Caches of both kinds hold what lists of tokens would, whatever was appended and cut off."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"batch_size": 3, "max_length": 11, "heads": 1, "head_dim": 2}
+        self.caches = [KVCache(**sizes), KVCache(**sizes, page_size=3, num_pages=8)]
+        self.lists = [[] for _ in range(3)]
+        self.token = 0
+
+    @rule(counts=st.lists(st.integers(0, 5), min_size=3, max_size=3))
+    def append(self, counts):
+        x = np.arange(self.token, self.token + 3 * 5, dtype=np.float32).reshape(3, 1, 5, 1)
+        self.token += x.size
+        x = np.concatenate([x, -x], axis=-1)
+        lengths = [len(a) + n for a, n in zip(self.lists, counts, strict=True)]
+        fits = max(lengths) <= 11
+        enough = sum(-(-n // 3) for n in lengths) <= 8
+        for cache, allowed in zip(self.caches, (fits, fits and enough), strict=True):
+            if allowed:
+                cache.append(x, x + 0.5, counts)
+            else:
+                with pytest.raises(ValueError, match=r"^k: expected"):
+                    cache.append(x, x + 0.5, counts)
+        if fits and not enough:  # keep both the same
+            self.caches[0].truncate([len(a) for a in self.lists])
+        elif fits:
+            for a, row, n in zip(self.lists, x[:, 0, :, 0], counts, strict=True):
+                a.extend(row[:n])
+
+    @rule(share=st.lists(st.floats(0, 1), min_size=3, max_size=3))
+    def truncate(self, share):
+        lengths = [int(len(a) * s) for a, s in zip(self.lists, share, strict=True)]
+        for cache in self.caches:
+            cache.truncate(lengths)
+        self.lists = [a[:n] for a, n in zip(self.lists, lengths, strict=True)]
+
+    @invariant()
+    def same_tokens(self):
+        for cache in self.caches:
+            np.testing.assert_array_equal(cache.lengths, [len(a) for a in self.lists])
+            k, v = cache.keys_and_values()
+            for b, a in enumerate(self.lists):
+                np.testing.assert_array_equal(k[b, 0, : len(a), 0], a)
+                np.testing.assert_array_equal(v[b, 0, : len(a), 1], 0.5 - np.array(a))
+        pages = self.caches[1].block_table
+        used = pages[pages >= 0]
+        assert len(set(used)) == used.size == sum(-(-len(a) // 3) for a in self.lists)
+
+
+TestLikeLists = LikeLists.TestCase
 
 
 def test_an_empty_cache():

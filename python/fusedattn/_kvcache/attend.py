@@ -84,7 +84,9 @@ def attention_with_kvcache(
     if len(shape) != 4 or shape[0] != len(cache.lengths):
         raise ValueError(f"q: expected 4 dimensions, B = {len(cache.lengths)}, got shape {shape}")
     length = shape[2 if layout == "bhsd" else 1]
-    counts = per_sequence("q_lengths", length if q_lengths is None else q_lengths, shape[0], length)
+    counts = np.full(shape[0], length)
+    if q_lengths is not None:
+        counts = per_sequence("q_lengths", q_lengths, shape[0], length)
     before = cache.lengths
     try:
         if k is not None:

@@ -223,7 +223,9 @@ class KVCache:
                 raise ValueError(f"{name}: expected shape {expected}, S as k's, got {x.shape}")
             if x.dtype != own.dtype:
                 raise TypeError(f"{name}: expected {own.dtype} as the cache, got {x.dtype}")
-        counts = per_sequence("lengths", rows if lengths is None else lengths, batch, rows)
+        counts = np.full(batch, rows)
+        if lengths is not None:
+            counts = per_sequence("lengths", lengths, batch, rows)
         ends = self._lengths + counts
         if np.any(ends > self._max_length):
             full = int(np.argmax(ends > self._max_length))
@@ -234,11 +236,8 @@ class KVCache:
         table, taken = self._allocated(ends)
         self._check_pages(table, ends)
         # From here on nothing fails.
-        b, i = np.nonzero(np.arange(rows) < counts[:, None])
-        token, size = self._lengths[b] + i, self._page_size
-        page, row = table[b, token // size], token % size
         for own, x in ((self.k, k), (self.v, v)):
-            self._tokens_first(own)[page, row] = self._tokens_first(x)[b, i]
+            self._write(self._tokens_first(own), self._tokens_first(x), table, ends)
         self._lengths, self._table = ends, table
         if self._free is not None:
             del self._free[len(self._free) - taken :]
@@ -266,6 +265,17 @@ class KVCache:
     @property
     def _page_size(self) -> int:
         return int(self.k.shape[2 if self._layout == "bhsd" else 1])
+
+    def _write(self, own: Array, x: Array, table: Array, ends: Array) -> None:
+        """Rows of x (B, S, Hkv, D) behind the tokens of each sequence, up to its end."""
+        size = self._page_size
+        for b, (first, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
+            at = first
+            while at < end:  # a page at a time
+                stop = min(end, (at // size + 1) * size)
+                rows = slice(at % size, at % size + stop - at)
+                own[table[b, at // size], rows] = x[b, at - first : stop - first]
+                at = stop
 
     def _tokens_first(self, x: Array) -> Array:
         """A view with the axes (pages or samples, tokens, heads, dim)."""
