@@ -339,6 +339,12 @@ def test_a_loss_that_is_not_a_number_ends_the_training():
         fit(epochs=1, loss=lambda logits, labels: (math.nan, lambda d: d * logits))
 
 
+def test_no_data():
+    trainer = Trainer(TextClassifier(Encoder(CONFIG), ["a", "b"]), TrainingConfig())
+    with pytest.raises(ValueError, match=r"^train: expected at least one sequence, got none"):
+        trainer.fit(Dataset([], np.empty(0, int)))
+
+
 def test_progress_bar_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     validation = first_token_data(count=30, seed=9)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusedattn.nn import Array, Rng
-from fusedattn.text.tokenizer import special_ids, tokenize
+from fusedattn.text.tokenizer import mask_id, special_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def hide_tokens(batch: Batch, share: float, tokenizer: Any, rng: Rng) -> Batch:
     share : float
         The chance of each token that is not special.
     tokenizer : tokenizers.Tokenizer
-        One that has a [MASK].
+        One that has a [MASK] (or <mask>).
     rng : numpy.random.Generator
     """
     hidden = rng.random(len(batch.ids), dtype=np.float32) < share
     hidden &= ~np.isin(batch.ids, special_ids(tokenizer))
-    mask = batch.ids.dtype.type(tokenizer.token_to_id("[MASK]"))
+    mask = batch.ids.dtype.type(mask_id(tokenizer))
     return replace(batch, ids=np.where(hidden, mask, batch.ids))

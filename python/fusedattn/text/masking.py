@@ -9,7 +9,7 @@ import numpy as np
 
 from fusedattn.nn import Array, Rng
 from fusedattn.text.batches import Batch
-from fusedattn.text.tokenizer import special_ids
+from fusedattn.text.tokenizer import mask_id, special_ids
 
 IGNORE = -100  # the label of a token that is not to be predicted
 
@@ -34,10 +34,7 @@ class Masking:
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share: expected a value in (0, 1], got {share}")
         vocabulary = tokenizer.get_vocab()
-        names = [name for name in ("[MASK]", "<mask>") if name in vocabulary]
-        if not names:
-            raise ValueError("tokenizer: expected one with a [MASK] token, this one has none")
-        self.mask_id = vocabulary[names[0]]
+        self.mask_id = mask_id(tokenizer)
         self.share = share
         size = max(vocabulary.values()) + 1
         self._special = np.zeros(size, bool)

@@ -122,6 +122,15 @@ def tokenize_pieces(tokenizer: Any, texts: Sequence[str]) -> list[Array]:
     return [np.array(piece.ids, np.int32) for piece in pieces]
 
 
+def mask_id(tokenizer: Any) -> int:
+    """The id of [MASK], or of RoBERTa's <mask>; a ValueError where there is neither."""
+    for token in ("[MASK]", "<mask>"):
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return int(found)
+    raise ValueError("tokenizer: expected one with a [MASK] token, this one has none")
+
+
 def special_ids(tokenizer: Any) -> Array:
     """The ids of the special tokens of a tokenizer, int32."""
     added = tokenizer.get_added_tokens_decoder()

@@ -119,11 +119,13 @@ class Trainer:
         Raises
         ------
         ValueError
-            For a checkpoint of another model, config or data.
+            For a checkpoint of another model, config or data, and for no data.
         FloatingPointError
             Where the loss is no longer a finite number.
         """
         config = self.config
+        if not len(train):
+            raise ValueError("train: expected at least one sequence, got none")
         self._rates = layer_rates(
             (name for name, _ in leaves(self.model.params)), config.freeze, config.layer_decay
         )
