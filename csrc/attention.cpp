@@ -17,7 +17,9 @@ namespace fusedattn {
 namespace {
 
 const Kernels& kernels_of(DType dtype) {
-  return kernel_table().kernels[int(dtype)];
+  const KernelTable& table = kernel_table();
+  const Kernels* own = table.kernels[int(dtype)];
+  return own ? *own : *table.base->kernels[int(dtype)];
 }
 index_t compute_size(DType dtype) {
   return dtype == DType::float64 ? 8 : 4;

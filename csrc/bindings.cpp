@@ -209,8 +209,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("cpu_info", &fusedattn::cpu_info);
   m.def("set_isa", &set_isa);
   m.def("measure_peak", [](const std::string& dtype, int threads) {
+    const char* names[] = {"float32", "float64", "float16", "bfloat16"};  // by DType
+    const auto at = std::find(std::begin(names), std::end(names), dtype);
+    if (at == std::end(names)) throw py::value_error("dtype: expected a float type, got " + dtype);
     const py::gil_scoped_release release;
-    return measure_peak(dtype == "float64" ? DType::float64 : DType::float32, threads);
+    return measure_peak(DType(at - std::begin(names)), threads);
   });
   m.def("measure_bandwidth", [](int threads) {
     const py::gil_scoped_release release;

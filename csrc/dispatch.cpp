@@ -6,7 +6,7 @@
 
 namespace fusedattn {
 
-extern const KernelTable table_baseline, table_avx2, table_avx512, table_neon;
+extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512bf16, table_neon;
 
 namespace {
 
@@ -18,6 +18,9 @@ bool runs_avx2() {
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+bool runs_avx512bf16() {
+  return __builtin_cpu_supports("avx512bf16");
 }
 #endif
 
@@ -32,6 +35,7 @@ const Isa isas[] = {
 #if defined(__x86_64__)
     {&table_avx2, [] { return runs_avx2(); }},
     {&table_avx512, [] { return runs_avx2() && runs_avx512(); }},
+    {&table_avx512bf16, [] { return runs_avx2() && runs_avx512() && runs_avx512bf16(); }},
 #elif defined(__aarch64__)
     {&table_neon, [] { return true; }},
 #endif

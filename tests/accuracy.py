@@ -11,6 +11,9 @@ For a 16-bit type the careful computation widens the input to float32, computes 
 each result once to the type; the floor stays float32's. All gradients, the oracle's too, start from
 the rounded output, as `attention_backward` must, which is given no other: delta = rowsum(dout *
 out) inherits that rounding. ``saved=False`` asks for the harder bound, of gradients without it.
+
+Where the instruction set multiplies bfloat16 as it is, so does the careful computation: P and dS
+are rounded as they enter a product, and their roundings join the floor (`operand_rounding`).
 """
 
 import functools
@@ -192,24 +195,36 @@ def scores(p: Problem, q: np.ndarray, k: np.ndarray) -> Scores:
     )
 
 
+def in_pairs(p: Problem) -> bool:
+    """Is bfloat16 multiplied as it is, so that P and dS are rounded before their products?"""
+    return p.q.dtype.name == "bfloat16" and bool(fusedattn.cpu_info()["isa"] == "avx512bf16")
+
+
 @once
-def unfused(p: Problem, saved: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def unfused(
+    p: Problem, saved: np.ndarray | None = None, low: bool = False
+) -> dict[str, np.ndarray]:
     """All results, heads first, by the textbook and in the precision of the input.
 
     ``saved``: the output that gradients start from, in the problem's layout; by default its own.
+    ``low``: round P and dS as they enter a product.
     """
+
+    def operand(x: np.ndarray) -> np.ndarray:
+        return x.astype(p.q.dtype).astype(x.dtype) if low else x
+
     real = compute_type(p.q.dtype)
     q, k, v, dout = (p.heads_first(np.asarray(x, real)) for x in (p.q, p.k, p.v, p.dout))
     x = scores(p, q, k)
     hkv, k, v = k.shape[-3], np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
-    weights = x.p * x.kept
+    weights = operand(x.p) * x.kept
     out = weights @ v
     kept = out if saved is None else p.heads_first(saved.astype(real))
     delta = (dout * kept).sum(axis=-1, keepdims=True)
     if p.dlse is not None:
         delta = delta - p.dlse.reshape(delta.shape)
     ds = x.p * (x.kept * (dout @ _t(v)) - delta)
-    bent = x.scale * (ds * x.slope)
+    bent = operand(x.scale * (ds * x.slope))
     results = {"out": out, "lse": x.lse, "dq": bent @ k}
     results["dk"] = _sum_group(_t(bent) @ q, hkv, x.group)
     results["dv"] = _sum_group(_t(weights) @ dout, hkv, x.group)
@@ -282,6 +297,25 @@ def rounding(p: Problem) -> dict[str, float]:
     return {name: float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
 
 
+@once
+def operand_rounding(p: Problem) -> dict[str, float]:
+    """Largest standard deviation of each result from rounding P and dS to bfloat16 by chance."""
+    arrays = (np.asarray(x, np.float64) for x in (p.q, p.k, p.v, p.dout))
+    q, k, v, dout = (p.heads_first(x) for x in arrays)
+    x = scores(p, q, k)
+    k, v = np.repeat(k, x.group, axis=-3), np.repeat(v, x.group, axis=-3)
+    weights = x.p * x.kept
+    delta = (dout * (weights @ v)).sum(axis=-1, keepdims=True)
+    if p.dlse is not None:
+        delta = delta - p.dlse.reshape(delta.shape)
+    ds2 = (x.scale * x.slope * x.p * (x.kept * (dout @ _t(v)) - delta)) ** 2
+    squares = {"out": weights**2 @ v**2, "dq": ds2 @ k**2}
+    squares["dk"] = x.group * (_t(ds2) @ q**2)
+    squares["dv"] = x.group * (_t(weights**2) @ dout**2)
+    unit = 2.0**-9 / np.sqrt(3)  # uniform up to half a unit of the last place
+    return {name: unit * float(np.sqrt(np.max(a, initial=0.0))) for name, a in squares.items()}
+
+
 def assert_same(got: np.ndarray, expected: np.ndarray, name: str = "") -> None:
     """Equal, NaN to NaN, which NumPy asserts of its own types only: so 16-bit ones are widened."""
     assert got.dtype == expected.dtype, name
@@ -309,7 +343,9 @@ def assert_accurate(
 ) -> None:
     """Compare results, in the problem's layout, with what is allowed; ``saved``: see the top."""
     out = got["out"] if saved and p.q.dtype.itemsize == 2 else None
-    exact, careful, natural = oracle(p, out), unfused(p, out), rounding(p)
+    low = in_pairs(p)
+    exact, careful, natural = oracle(p, out), unfused(p, out, low), rounding(p)
+    operands = operand_rounding(p) if low else {}
     real = compute_type(p.q.dtype)
     eps, tiny = np.finfo(real).eps, np.finfo(real).tiny
     for name, result in got.items():
@@ -318,6 +354,6 @@ def assert_accurate(
         factor = FORWARD if name in ("out", "lse") else GRADIENT
         place = p.heads_first if name in ("out", "dq", "dk", "dv") else np.asarray
         best = error(careful[name].reshape(place(exact[name]).shape), place(exact[name]), name)
-        allowed = factor * best + floor * eps * natural[name] + tiny
+        allowed = factor * best + floor * (eps * natural[name] + operands.get(name, 0.0)) + tiny
         wrong = error(result, exact[name], name)
         assert wrong <= allowed, f"{name}: error {wrong:.3g}, allowed {allowed:.3g}"

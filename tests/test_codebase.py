@@ -182,7 +182,7 @@ def public(node):
     return [n for n in node.body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
-X86 = {"x86_64": ("baseline", "avx2", "avx512"), "AMD64": ("baseline", "avx2", "avx512")}
+X86 = dict.fromkeys(("x86_64", "AMD64"), ("baseline", "avx2", "avx512", "avx512bf16"))
 ARM = {"aarch64": ("baseline", "neon"), "arm64": ("baseline", "neon")}
 
 

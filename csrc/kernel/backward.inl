@@ -71,6 +71,41 @@ FA_INLINE void pass_on(const BackwardHead& h, Turn t) {
   if (t.turn) __atomic_store_n(t.turn, t.ordinal + 1, __ATOMIC_RELEASE);
 }
 
+// What the gradient products read: numbers, or words made for them.
+template <class T> struct Operands {
+  const T *p, *ds, *ds_rows;
+  Rows<T> q, dout, k;
+};
+template <class E, class T = Compute<E>>
+FA_INLINE Operands<T> operands(const BackwardBlock<T>& b, const Matrix& qm, const Matrix& dm,
+                               Rows<T> q, Rows<T> dout, index_t q0, index_t nq,
+                               const BackwardHead& h, bool need_ds, const T* ds) {
+  if constexpr (PAIRS<E>) {
+    interleave_rows(qm, q0, nq, h.d, b.q_words, b.ld);
+    interleave_rows(dm, q0, nq, h.d_v, b.dout_words, b.ld_v);
+    round_block(b, ds, nq, need_ds, T(h.scale));
+    return {b.p_words,        b.ds_words, b.ds_rows, {b.q_words, b.ld}, {b.dout_words, b.ld_v},
+            {b.k_words, b.ld}};
+  } else {
+    return {b.p, ds, ds, q, dout, {b.k, b.ld}};
+  }
+}
+template <class E, class T = Compute<E>>
+FA_INLINE Rows<T> query_rows(const Matrix& m, index_t r0, index_t rows, index_t cols, T* scratch,
+                             index_t ld, bool in_place) {
+  if constexpr (PAIRS<E>)
+    return key_rows<E>(m, r0, rows, cols, scratch, in_place);
+  else
+    return rows_at<E>(m, r0, rows, cols, scratch, ld, in_place);
+}
+template <class E, class T = Compute<E>>
+FA_INLINE bool finite_rows(Rows<T> m, index_t rows, index_t cols) {
+  if constexpr (PAIRS<E>)
+    return all_finite_words(m, words<E>(rows), cols);
+  else
+    return all_finite<T>(m, rows, cols);
+}
+
 // One block of queries [q0, q0 + nq) of query head g.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b, index_t g,
@@ -92,15 +127,16 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
     Matrix qm = h.q, dm = h.dout;
     qm.data += g * h.q_head;
     dm.data += g * h.dout_head;
-    const Rows<T> q = rows_at<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
-    const Rows<T> dout = rows_at<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
+    const Rows<T> q = query_rows<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
+    const Rows<T> dout = query_rows<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
     const T* lse2 = static_cast<const T*>(h.lse2) + g * h.stat_head + q0;
     const T* delta = static_cast<const T*>(h.delta) + g * h.stat_head + q0;
     const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
+    const index_t d = words<E>(h.d), d_v = words<E>(h.d_v);
 
     // 2. P and dS
     if (strips.plain) {
-      probabilities<T, true>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta, need_ds);
+      probabilities<E, true>(b, q, dout, 0, nq, {0, b.nk_padded}, d, d_v, lse2, delta, need_ds);
     } else {
       for (int s = 0; s < strips.count; s++) {
         const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
@@ -113,11 +149,10 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
               if (b.bent) store(b.bent + i * BACK_KEYS + k, Vec<T>{});
             }
         if (!strips.whole)
-          probabilities<T, false>(b, q, dout, begin, end, keys, h.d, h.d_v, lse2, delta, need_ds);
+          probabilities<E, false>(b, q, dout, begin, end, keys, d, d_v, lse2, delta, need_ds);
       }
       if (strips.whole)
-        probabilities<T, false>(b, q, dout, 0, nq, {0, b.nk_padded}, h.d, h.d_v, lse2, delta,
-                                need_ds);
+        probabilities<E, false>(b, q, dout, 0, nq, {0, b.nk_padded}, d, d_v, lse2, delta, need_ds);
       for (int s = 0; s < strips.count; s++)
         apply_rules<T>(b, rules, s * STRIP, min_index(s * STRIP + STRIP, nq), strips.keys[s], lse2,
                        delta, need_ds);
@@ -125,20 +160,21 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
     const T* ds = b.bent ? b.bent : b.ds;  // by scale * q k^T; b.ds is by the bias
 
     // 3. dv += P^T dout, dk += dS^T q (scaled at the end)
+    const Operands<T> x = operands<E>(b, qm, dm, q, dout, q0, nq, h, need_ds, ds);
     const bool careful =
-        !strips.plain && !(all_finite<T>(q, nq, h.d) && all_finite<T>(dout, nq, h.d_v) &&
-                           all_finite<T>({b.k, b.ld}, b.nk, h.d));
+        !strips.plain && !(finite_rows<E>(x.q, nq, h.d) && finite_rows<E>(x.dout, nq, h.d_v) &&
+                           finite_rows<E>(x.k, b.nk, h.d));
     if (h.dv.data) {
       if (careful)
-        careful_accumulate<T>(b, b.p, nq, true, dout, h.d_v, b.dv, b.ld_v);
+        careful_accumulate<E>(b, x.p, nq, true, x.dout, h.d_v, b.dv, b.ld_v);
       else
-        accumulate_keys<T>(b, strips, b.p, nq, dout, h.d_v, b.dv, b.ld_v);
+        accumulate_keys<E>(b, strips, x.p, nq, x.dout, h.d_v, b.dv, b.ld_v);
     }
     if (h.dk.data) {
       if (careful)
-        careful_accumulate<T>(b, ds, nq, true, q, h.d, b.dk, b.ld);
+        careful_accumulate<E>(b, x.ds, nq, true, x.q, h.d, b.dk, b.ld);
       else
-        accumulate_keys<T>(b, strips, ds, nq, q, h.d, b.dk, b.ld);
+        accumulate_keys<E>(b, strips, x.ds, nq, x.q, h.d, b.dk, b.ld);
     }
 
     // 4. dq += dS k (k is scaled), dbias += dS
@@ -147,9 +183,9 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
       T* dq = reinterpret_cast<T*>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
       const index_t dq_row = h.dq.row / index_t(sizeof(T));
       if (careful)
-        careful_accumulate<T>(b, ds, nq, false, {b.k, b.ld}, h.d, dq, dq_row);
+        careful_accumulate<E>(b, x.ds_rows, nq, false, x.k, h.d, dq, dq_row);
       else
-        accumulate_queries<T>(b, strips, ds, nq, h.d, dq, dq_row);
+        accumulate_queries<E>(b, strips, x.ds_rows, x.k, nq, h.d, dq, dq_row);
     }
     if (h.dbias.data && bias_per_key) {
       accumulate_bias<T>(b, strips, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(T))}, nq);
@@ -182,7 +218,9 @@ template <class E> static size_t backward_scratch(const BackwardHead& h) {
   const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
   const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v +
                            BACK_QUERIES * (ld + ld_v) + 5 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
-  return size_t(elements) * sizeof(T) + 16 * 64;
+  const index_t in_words =
+      PAIRS<E> ? BACK_KEYS / 2 * ld + BACK_QUERIES / 2 * (3 * BACK_KEYS + ld + ld_v) : 0;
+  return size_t(elements + in_words) * sizeof(T) + 24 * 64;
 }
 
 template <class E> static void backward(const BackwardHead& h, index_t key_block, void* scratch) {
@@ -205,14 +243,27 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   b.dk = carve<T>(free, BACK_KEYS * b.ld);
   b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
   b.dbias = carve<T>(free, BACK_KEYS);
-  const bool q_in_place = is_ready<E>(h.q) && h.d % W<T> == 0;
-  const bool dout_in_place = is_ready<E>(h.dout) && h.d_v % W<T> == 0;
+  const bool q_in_place = is_ready<E>(h.q, h.d) && (PAIRS<E> || h.d % W<T> == 0);
+  const bool dout_in_place = is_ready<E>(h.dout, h.d_v) && (PAIRS<E> || h.d_v % W<T> == 0);
   b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
   b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
 
-  pack_transposed<E>(h.k, b.k0, b.nk, h.d, T(logit_scale(h.scale, h.rules)), b.kt, BACK_KEYS);
-  pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-  copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+  b.factor = T(logit_scale(h.scale, h.rules));
+  if constexpr (PAIRS<E>) {
+    b.p_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
+    b.ds_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
+    b.ds_rows = carve<T>(free, BACK_QUERIES * BACK_KEYS / 2);
+    b.k_words = carve<T>(free, BACK_KEYS / 2 * b.ld);
+    b.q_words = carve<T>(free, BACK_QUERIES / 2 * b.ld);
+    b.dout_words = carve<T>(free, BACK_QUERIES / 2 * b.ld_v);
+    pack_words(h.k, b.k0, b.nk, h.d, b.kt, BACK_KEYS);
+    pack_words(h.v, b.k0, b.nk, h.d_v, b.vt, BACK_KEYS);
+    interleave_rows(h.k, b.k0, b.nk, h.d, b.k_words, b.ld);
+  } else {
+    pack_transposed<E>(h.k, b.k0, b.nk, h.d, b.factor, b.kt, BACK_KEYS);
+    pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
+    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+  }
   __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
   __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
   __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
@@ -223,7 +274,8 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
     if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
   }
 
-  if (h.dk.data) store_rows<E>(b.dk, b.ld, T(h.scale), h.dk, b.k0, b.nk, h.d);
+  const T dk_scale = PAIRS<E> ? T(1) : T(h.scale);  // pairs: dS was scaled
+  if (h.dk.data) store_rows<E>(b.dk, b.ld, dk_scale, h.dk, b.k0, b.nk, h.d);
   if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
 }
 

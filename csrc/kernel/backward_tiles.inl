@@ -14,10 +14,14 @@ struct Strips {
 
 template <class T> struct BackwardBlock {
   index_t k0, nk, nk_padded;
-  T *kt, *vt;         // (d, BACK_KEYS) K^T * scale * log2(e); (d_v, BACK_KEYS) V^T
+  T *kt, *vt;         // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
+  T factor;           // scale * log2(e), or what a softcap makes of it
   T* k;               // (BACK_KEYS, ld) K * scale
   T *p, *ds, *dense;  // (BACK_QUERIES, BACK_KEYS)
-  T *bent, *keep;     // likewise: dS times the slope of the softcap, dropout's 0 or 1; or null
+  // pairs: words of two queries (BACK_QUERIES / 2, BACK_KEYS); of two keys (BACK_QUERIES, BACK_KEYS
+  // / 2), (BACK_KEYS / 2, ld); of two queries (BACK_QUERIES / 2, ld or ld_v)
+  T *p_words, *ds_words, *ds_rows, *k_words, *q_words, *dout_words;
+  T *bent, *keep;  // likewise: dS times the slope of the softcap, dropout's 0 or 1; or null
   T *q_copy, *dout_copy, *dk, *dv;
   T* dbias;          // (BACK_KEYS) if the bias is broadcast over queries
   index_t ld, ld_v;  // d, d_v rounded up to W
@@ -29,24 +33,25 @@ template <class T> FA_INLINE Vec<T> probability(Vec<T> s, Vec<T> lse2) {
 }
 
 // P and dS of one register tile, or, where rules change them, S and dP in their places.
-template <class T, int NI, int NJ, bool PLAIN>
+template <class E, int NI, int NJ, bool PLAIN, class T = Compute<E>>
 FA_INLINE void probability_tile(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t i0,
                                 index_t key, index_t d, index_t d_v, const T* lse2, const T* delta,
                                 bool need_ds) {
   T *p = b.p + i0 * BACK_KEYS + key, *ds = b.ds + i0 * BACK_KEYS + key;
   Vec<T> acc[NI][NJ] = {};
-  multiply_tile<T, NI, NJ>(acc, q.data + i0 * q.ld, q.ld, 1, b.kt + key, BACK_KEYS, d);
+  multiply_tile<E, NI, NJ>(acc, q.data + i0 * q.ld, q.ld, 1, b.kt + key, BACK_KEYS, d);
   FA_UNROLL
   for (int i = 0; i < NI; i++) {
     const Vec<T> l = splat(lse2[i0 + i]);
     FA_UNROLL
     for (int j = 0; j < NJ; j++) {
-      store(p + i * BACK_KEYS + j * W<T>, PLAIN ? probability<T>(acc[i][j], l) : acc[i][j]);
+      const Vec<T> s = PAIRS<E> ? acc[i][j] * splat(b.factor) : acc[i][j];
+      store(p + i * BACK_KEYS + j * W<T>, PLAIN ? probability<T>(s, l) : s);
       acc[i][j] = Vec<T>{};
     }
   }
   if (!need_ds) return;
-  multiply_tile<T, NI, NJ>(acc, dout.data + i0 * dout.ld, dout.ld, 1, b.vt + key, BACK_KEYS, d_v);
+  multiply_tile<E, NI, NJ>(acc, dout.data + i0 * dout.ld, dout.ld, 1, b.vt + key, BACK_KEYS, d_v);
   FA_UNROLL
   for (int i = 0; i < NI; i++) {
     const Vec<T> dl = splat(delta[i0 + i]);
@@ -92,48 +97,48 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
     }
   }
 }
-template <class T, int NI, int NJ, bool PLAIN>
+template <class E, int NI, int NJ, bool PLAIN, class T = Compute<E>>
 FA_INLINE void probability_rest(int rows, const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                 index_t i0, index_t key, index_t d, index_t d_v, const T* lse2,
                                 const T* delta, bool need_ds) {
   if constexpr (NI > 0) {
     if (rows == NI)
-      probability_tile<T, NI, NJ, PLAIN>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
+      probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
     else
-      probability_rest<T, NI - 1, NJ, PLAIN>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
+      probability_rest<E, NI - 1, NJ, PLAIN>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
                                              need_ds);
   }
 }
-template <class T, int NJ, bool PLAIN>
+template <class E, int NJ, bool PLAIN, class T = Compute<E>>
 FA_NOINLINE void probability_columns(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                      index_t begin, index_t end, index_t key, index_t d,
                                      index_t d_v, const T* lse2, const T* delta, bool need_ds) {
   constexpr int NI = tile_rows<NJ>;
   index_t i = begin;
   for (; i + NI <= end; i += NI)
-    probability_tile<T, NI, NJ, PLAIN>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
+    probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
   if (i < end)
-    probability_rest<T, NI - 1, NJ, PLAIN>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
+    probability_rest<E, NI - 1, NJ, PLAIN>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
                                            need_ds);
 }
 
 // P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of
 // W.
-template <class T, bool PLAIN>
+template <class E, bool PLAIN, class T = Compute<E>>
 FA_INLINE void probabilities(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, index_t begin,
                              index_t end, Interval keys, index_t d, index_t d_v, const T* lse2,
                              const T* delta, bool need_ds) {
   for (index_t key = keys.low; key < keys.high;) {
     const int nj = next_group((keys.high - key) / W<T>);
     if (nj == 1)
-      probability_columns<T, 1, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+      probability_columns<E, 1, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     if (nj == 2)
-      probability_columns<T, 2, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+      probability_columns<E, 2, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     if constexpr (MAX_NJ >= 4) {
       if (nj == 3)
-        probability_columns<T, 3, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+        probability_columns<E, 3, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
       if (nj == 4)
-        probability_columns<T, 4, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+        probability_columns<E, 4, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
     }
     key += nj * W<T>;
   }
@@ -142,9 +147,10 @@ FA_INLINE void probabilities(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
 // c (keys x n) += a^T rows if by_key, else c (queries x n) += a rows, leaving out the (query, key)
 // pairs that are masked: for blocks in which something that is not finite lies where it must not
 // reach. The same sums in the same order as accumulate.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void careful_accumulate(const BackwardBlock<T>& b, const T* a, index_t nq, bool by_key,
                                     Rows<T> rows, index_t n, T* c, index_t c_row) {
+  if constexpr (PAIRS<E>) return careful_accumulate_words(b, a, nq, by_key, rows, n, c, c_row);
   const index_t outer = by_key ? b.nk : nq, inner = by_key ? nq : b.nk;
   for (index_t i = 0; i < outer; i++)
     for (index_t x = 0; x < n; x += W<T>) {
@@ -160,12 +166,13 @@ FA_NOINLINE void careful_accumulate(const BackwardBlock<T>& b, const T* a, index
     }
 }
 
-// c (keys x n) += a^T rows, where a (queries x keys) is P or dS.
-template <class T>
+// c (keys x n) += a^T rows, where a (queries x keys) is P or dS. Pairs: words of two queries.
+template <class E, class T = Compute<E>>
 FA_INLINE void accumulate_keys(const BackwardBlock<T>& b, const Strips& strips, const T* a,
                                index_t nq, Rows<T> rows, index_t n, T* c, index_t c_row) {
+  constexpr index_t each = PAIRS<E> ? 2 : 1;
   if (strips.whole)
-    return accumulate<T, true>(b.nk, n, nq, a, BACK_KEYS, rows.data, rows.ld, c, c_row);
+    return accumulate<E, true>(b.nk, n, words<E>(nq), a, BACK_KEYS, rows.data, rows.ld, c, c_row);
   for (index_t key = 0; key < b.nk;
        key += STRIP) {  // the strips that look at these keys, from the first to the last
     const index_t end = min_index(key + STRIP, b.nk);
@@ -175,22 +182,24 @@ FA_INLINE void accumulate_keys(const BackwardBlock<T>& b, const Strips& strips, 
         first = s < first ? s : first, last = s;
     if (last < first) continue;
     const index_t q = first * STRIP, q_end = min_index((last + 1) * STRIP, nq);
-    accumulate<T, true>(end - key, n, q_end - q, a + q * BACK_KEYS + key, BACK_KEYS,
-                        rows.data + q * rows.ld, rows.ld, c + key * c_row, c_row);
+    accumulate<E, true>(end - key, n, words<E>(q_end - q), a + q / each * BACK_KEYS + key,
+                        BACK_KEYS, rows.data + q / each * rows.ld, rows.ld, c + key * c_row, c_row);
   }
 }
 
-// c (queries x n) += ds K
-template <class T>
+// c (queries x n) += dS K. Pairs: words of two keys.
+template <class E, class T = Compute<E>>
 FA_INLINE void accumulate_queries(const BackwardBlock<T>& b, const Strips& strips, const T* ds,
-                                  index_t nq, index_t n, T* c, index_t c_row) {
-  if (strips.whole) return accumulate<T, false>(nq, n, b.nk, ds, BACK_KEYS, b.k, b.ld, c, c_row);
+                                  Rows<T> k, index_t nq, index_t n, T* c, index_t c_row) {
+  constexpr index_t each = PAIRS<E> ? 2 : 1, row = BACK_KEYS / each;
+  if (strips.whole)
+    return accumulate<E, false>(nq, n, words<E>(b.nk), ds, row, k.data, k.ld, c, c_row);
   for (int s = 0; s < strips.count; s++) {
     const Interval keys{strips.keys[s].low, min_index(strips.keys[s].high, b.nk)};
     if (keys.low >= keys.high) continue;
     const index_t q = s * STRIP;
-    accumulate<T, false>(min_index(STRIP, nq - q), n, keys.high - keys.low,
-                         ds + q * BACK_KEYS + keys.low, BACK_KEYS, b.k + keys.low * b.ld, b.ld,
+    accumulate<E, false>(min_index(STRIP, nq - q), n, words<E>(keys.high - keys.low),
+                         ds + q * row + keys.low / each, row, k.data + keys.low / each * k.ld, k.ld,
                          c + q * c_row, c_row);
   }
 }

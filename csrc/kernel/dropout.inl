@@ -43,7 +43,8 @@ FA_INLINE Wide wide_numbers() {
 }
 
 // p[key][query] = 0 where it is dropped, for keys [k0, k0 + n) and the queries from `first` on.
-template <class T, int NQ>
+// Pairs: in words of two keys.
+template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index_t n, T* p) {
   constexpr int lanes = NQ * W<T>;
   alignas(64) uint32_t words[4][lanes < WIDE ? WIDE : lanes];
@@ -59,8 +60,14 @@ FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index
     for (int w = 0; w < 4; w++) {
       const index_t key = group * 4 + w - k0;
       if (key < 0 || key >= n) continue;
-      T* at = p + key * lanes;
-      for (int i = 0; i < lanes; i++) at[i] = words[w][i] >= drop.threshold ? at[i] : T(0);
+      if constexpr (PAIRS<E>) {
+        auto* at = reinterpret_cast<BFloat*>(p + key / 2 * lanes) + key % 2;
+        for (int i = 0; i < lanes; i++)
+          if (words[w][i] < drop.threshold) at[2 * i] = {0};
+      } else {
+        T* at = p + key * lanes;
+        for (int i = 0; i < lanes; i++) at[i] = words[w][i] >= drop.threshold ? at[i] : T(0);
+      }
     }
   }
 }

@@ -16,27 +16,38 @@ template <class T> struct Row {
   const ForwardHead* head;
   index_t query;
   Interval keys;
-  T *q, *o, *p, *dense;  // (d) scaled; (d_v) sum of P V; (KEY_BLOCK) logits, then P; mask and bias
-  T max, sum, rescale;
+  T *q, *o, *p, *dense;  // (d) scaled, or words; (d_v) sum of P V; (KEY_BLOCK) logits, then P (in
+                         // words of two keys); mask and bias
+  T max, sum, total, rescale;  // total: the sum of what P is rounded to
   bool seen, has_dense;
 };
 
-// W rows of W elements at `at`, transposed: t[j] holds column j.
+// W operands of a row: numbers, or words.
+template <class S, class T = Compute<S>> FA_INLINE Vec<T> load_operands(const char* p) {
+  if constexpr (PAIRS<S>)
+    return load_words(p);
+  else
+    return load_as<S>(p);
+}
+template <class S> inline constexpr index_t OPERAND = PAIRS<S> ? 4 : sizeof(S);  // bytes
+
+// W rows of W operands at `at`, transposed: t[j] holds column j.
 template <class S, class T>
 FA_INLINE void load_transposed(const char* at, index_t row, Vec<T> (&t)[W<T>]) {
   FA_UNROLL
   for (int i = 0; i < W<T>; i += 2) {
-    t[i] = load_as<S>(at);
-    t[i + 1] = load_as<S>(at + row);
+    t[i] = load_operands<S>(at);
+    t[i + 1] = load_operands<S>(at + row);
     at += 2 * row;
   }
   transpose_registers<T>(t);
 }
 
-// p[r][key] = q[r] . k[key] for n keys, rows of K in storage type S. Fetches the same rows of V.
+// p[r][key] = q[r] . k[key] for n keys (times factor for pairs), rows of K in storage type S, d
+// operands. Fetches the same rows of V.
 template <class S, int R, class T = Compute<S>>
 FA_NOINLINE void few_scores(Row<T>* rows, index_t n, const char* k, index_t k_row, const char* v,
-                            index_t v_row, index_t v_bytes, index_t d) {
+                            index_t v_row, index_t v_bytes, index_t d, T factor) {
   const T* q[R];
   FA_UNROLL
   for (int r = 0; r < R; r++) q[r] = rows[r].q;
@@ -48,25 +59,41 @@ FA_NOINLINE void few_scores(Row<T>* rows, index_t n, const char* k, index_t k_ro
     if (nk == W<T>)
       for (; c + W<T> <= d; c += W<T>) {
         for (int i = 0; i < nk; i++)  // a few lines at a time: a burst would only wait for itself
-          if (c * index_t(sizeof(S)) < v_bytes)
-            prefetch_far(v + (key + i) * v_row + c * index_t(sizeof(S)));
+          if (c * OPERAND<S> < v_bytes) prefetch_far(v + (key + i) * v_row + c * OPERAND<S>);
         Vec<T> t[W<T>];
-        load_transposed<S, T>(at + c * index_t(sizeof(S)), k_row, t);
+        load_transposed<S, T>(at + c * OPERAND<S>, k_row, t);
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
           FA_UNROLL
-          for (int r = 0; r < R; r++) acc[r] = fma<T>(splat(q[r][c + j]), t[j], acc[r]);
+          for (int r = 0; r < R; r++)
+            acc[r] = multiply_add<S>(splat_operand<S>(q[r] + c + j), t[j], acc[r]);
         }
       }
     for (; c < d; c++) {  // the last keys, the last columns: one column at a time
-      const Vec<T> column = gather_as<S>(at + c * index_t(sizeof(S)), k_row, nk);
+      using Column = Select<PAIRS<S>, T, S>;  // words are moved as the numbers that carry them
+      const Vec<T> column = gather_as<Column>(at + c * OPERAND<S>, k_row, nk);
       FA_UNROLL
-      for (int r = 0; r < R; r++) acc[r] = fma<T>(splat(q[r][c]), column, acc[r]);
+      for (int r = 0; r < R; r++)
+        acc[r] = multiply_add<S>(splat_operand<S>(q[r] + c), column, acc[r]);
     }
     FA_UNROLL
-    for (int r = 0; r < R; r++) store(rows[r].p + key, acc[r]);
+    for (int r = 0; r < R; r++) store(rows[r].p + key, PAIRS<S> ? acc[r] * splat(factor) : acc[r]);
   }
 }
+
+#if defined(__AVX512BF16__)
+// Rounds P to words of two keys, n in all, and sums up what it is rounded to, like
+// exponentials_in_pairs.
+FA_NOINLINE float few_round(float* p, index_t n) {
+  for (index_t i = 0; i < n; i += 2 * W<float>)
+    store(p + i / 2,
+          rounded(load(p + i), i + W<float> < n ? load(p + i + W<float>) : Vec<float>{}));
+  Vec<float> total{};
+  for (index_t w = 0; w < words<BFloat>(n); w++)
+    total = multiply_add<BFloat>(splat_operand<BFloat>(p + w), ones_words(), total);
+  return total[0];
+}
+#endif
 
 // Masks and bias, maximum, P = exp2(S - max), sum: for one row and keys [k0, k0 + n).
 template <class E, class T = Compute<E>>
@@ -102,21 +129,27 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
   x.sum = fma<T>(splat(x.sum), rescale, splat(sum))[0];
   x.max = max;
   x.rescale = rescale[0];
+  if constexpr (PAIRS<E>)
+    x.total = fma<T>(splat(x.total), rescale, splat(few_round(x.p, n)))[0];
+  else
+    x.total = x.sum;
 }
 
-// o[r] = o[r] * rescale + sum over n keys of p[r][key] * v[key]; fetches n rows of what comes next.
-template <class T, int R, int NJ>
+// o[r] = o[r] * rescale + sum over n keys (or words of two) of p[r][key] * v[key]; fetches n rows
+// of what comes next.
+template <class E, int R, int NJ, class T = Compute<E>>
 FA_INLINE void few_value_tile(Row<T>* rows, index_t n, Rows<T> v, index_t column, const char* next,
                               index_t next_row, index_t next_bytes) {
   Vec<T> acc[R][NJ] = {};
   const index_t p_row = R > 1 ? rows[1].p - rows[0].p : 0;
   for (index_t key = 0; key < n; key += 4) {
     const index_t piece = min_index(4, n - key);
-    const index_t begin = column * index_t(sizeof(T)), end = begin + NJ * W<T> * index_t(sizeof(T));
-    for (index_t i = 0; next && i < piece; i++)
+    constexpr index_t keys = PAIRS<E> ? 2 : 1, size = sizeof(T) / keys;
+    const index_t begin = column * size, end = begin + NJ * W<T> * size;
+    for (index_t i = 0; next && i < keys * piece; i++)
       for (index_t c = begin; c < min_index(end, next_bytes); c += 64)
-        prefetch_far(next + (key + i) * next_row + c);
-    multiply_tile<T, R, NJ>(acc, rows[0].p + key, p_row, 1, v.data + key * v.ld + column, v.ld,
+        prefetch_far(next + (keys * key + i) * next_row + c);
+    multiply_tile<E, R, NJ>(acc, rows[0].p + key, p_row, 1, v.data + key * v.ld + column, v.ld,
                             piece);
   }
   FA_UNROLL
@@ -128,40 +161,45 @@ FA_INLINE void few_value_tile(Row<T>* rows, index_t n, Rows<T> v, index_t column
     }
   }
 }
-template <class T, int R>
+template <class E, int R, class T = Compute<E>>
 FA_NOINLINE void few_values(Row<T>* rows, index_t n, Rows<T> v, index_t padded, const char* next,
                             index_t next_row, index_t next_bytes) {
   constexpr int NJ = R <= 4 ? 4 : 2;
   index_t c = 0;
   for (; c + NJ * W<T> <= padded; c += NJ * W<T>)
-    few_value_tile<T, R, NJ>(rows, n, v, c, next, next_row, next_bytes);
-  for (; c < padded; c += W<T>) few_value_tile<T, R, 1>(rows, n, v, c, next, next_row, next_bytes);
+    few_value_tile<E, R, NJ>(rows, n, v, c, next, next_row, next_bytes);
+  for (; c < padded; c += W<T>) few_value_tile<E, R, 1>(rows, n, v, c, next, next_row, next_bytes);
 }
 
-// The same without the masked pairs, where V holds something that is not finite.
-template <class T>
+// The same without the masked entries, where V holds something that is not finite.
+template <class E, class T = Compute<E>>
 FA_NOINLINE void few_careful_values(Row<T>& x, index_t n, Rows<T> v, index_t padded) {
   for (index_t c = 0; c < padded; c += W<T>) {
     Vec<T> acc{};
     for (index_t key = 0; key < n; key++)
-      if (x.dense[key] != -Bits<T>::infinity)
+      if constexpr (PAIRS<E>) {
+        const Vec<T> seen = load(v.data + key * v.ld + c);
+        acc = multiply_add<E>(splat_operand<E>(x.p + key),
+                              masked_words(seen, x.dense[2 * key], x.dense[2 * key + 1]), acc);
+      } else if (x.dense[key] != -Bits<T>::infinity) {
         acc = fma<T>(splat(x.p[key]), load(v.data + key * v.ld + c), acc);
+      }
     store(x.o + c, fma<T>(load(x.o + c), splat(x.rescale), acc));
   }
 }
 
 template <class S, class T>
 FA_INLINE void few_scores_of(int count, Row<T>* rows, index_t n, const char* k, index_t k_row,
-                             const char* v, index_t v_row, index_t v_bytes, index_t d) {
+                             const char* v, index_t v_row, index_t v_bytes, index_t d, T factor) {
   int r = 0;  // rows in fours, the last ones alone: V is fetched with the first
   for (; r + 4 <= count; r += 4, v_bytes = 0)
-    few_scores<S, 4>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+    few_scores<S, 4>(rows + r, n, k, k_row, v, v_row, v_bytes, d, factor);
   if (r + 2 <= count) {
-    few_scores<S, 2>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+    few_scores<S, 2>(rows + r, n, k, k_row, v, v_row, v_bytes, d, factor);
     r += 2;
     v_bytes = 0;
   }
-  if (r < count) few_scores<S, 1>(rows + r, n, k, k_row, v, v_row, v_bytes, d);
+  if (r < count) few_scores<S, 1>(rows + r, n, k, k_row, v, v_row, v_bytes, d, factor);
 }
 
 template <class E> static size_t few_scratch(const ForwardHead& h) {
@@ -180,8 +218,10 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
   T *q = carve<T>(free, FEW * ld), *o = carve<T>(free, FEW * ld_v);
   T *p = carve<T>(free, FEW * KEY_BLOCK), *dense = carve<T>(free, FEW * KEY_BLOCK);
   T *k_copy = carve<T>(free, KEY_BLOCK * ld), *v_copy = carve<T>(free, KEY_BLOCK * ld_v);
-  const bool paged = h.pages.table, k_native = !paged && is_native<E>(h.k);
+  const bool paged = h.pages.table;
+  const bool k_native = !paged && is_native<E>(h.k) && (!PAIRS<E> || h.d % 2 == 0);
   const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
+  const T factor = T(logit_scale(h.scale, h.rules));
 
   Row<T> rows[FEW];
   int count = 0;
@@ -198,30 +238,35 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
            dense + count * KEY_BLOCK,
            Bits<T>::lowest,
            0,
+           0,
            1,
            false,
            false};
-      copy_rows<E>(heads[g].q, i, 1, h.d, T(logit_scale(h.scale, h.rules)), x.q, ld);
+      copy_operands<E>(heads[g].q, i, 1, h.d, factor, x.q, ld);
       __builtin_memset(x.o, 0, size_t(ld_v) * sizeof(T));
       if (x.keys.low >= x.keys.high) continue;
       any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
     }
 
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
-    const index_t k0 = max_index(block, any.low), n = min_index(block + KEY_BLOCK, any.high) - k0;
+    index_t k0 = max_index(block, any.low);
+    const index_t k1 = min_index(block + KEY_BLOCK, any.high);
+    if (PAIRS<E>) k0 = k0 / 2 * 2;
+    const index_t n = k1 - k0, n_words = PAIRS<E> ? words<E>(n) : n;
     // 1. scores
     const char *k = h.k.data + k0 * h.k.row, *v = h.v.data + k0 * h.v.row;
     const index_t k_bytes = h.d * index_t(sizeof(E)),
                   v_bytes = paged ? 0 : h.dv * index_t(sizeof(E));  // nothing to fetch ahead
     if (k_native) {
-      few_scores_of<E>(count, rows, n, k, h.k.row, v, h.v.row, v_bytes, h.d);
+      few_scores_of<E>(count, rows, n, k, h.k.row, v, h.v.row, v_bytes, words<E>(h.d), factor);
     } else {
+      using S = Select<PAIRS<E>, E, T>;
       if (paged)
         copy_pages<E>(h.k, h.pages, h.pages.k_page, k0, n, h.d, k_copy, ld);
       else
-        copy_rows<E>(h.k, k0, n, h.d, T(1), k_copy, ld);
-      few_scores_of<T>(count, rows, n, reinterpret_cast<const char*>(k_copy),
-                       ld * index_t(sizeof(T)), v, h.v.row, v_bytes, h.d);
+        copy_operands<E>(h.k, k0, n, h.d, T(1), k_copy, ld);
+      few_scores_of<S>(count, rows, n, reinterpret_cast<const char*>(k_copy),
+                       ld * index_t(sizeof(T)), v, h.v.row, v_bytes, words<E>(h.d), factor);
     }
     // 2. P = exp2(S - max)
     bool masked = false;
@@ -230,30 +275,35 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
       masked |= rows[r].has_dense;
     }
     // 3. O = O * rescale + P V
-    if (paged) copy_pages<E>(h.v, h.pages, h.pages.v_page, k0, n, h.dv, v_copy, ld_v);
-    const Rows<T> vr =
-        paged ? Rows<T>{v_copy, ld_v} : rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
+    Rows<T> vr{v_copy, ld_v};
+    if (paged)
+      copy_value_pages<E>(h.v, h.pages, k0, n, h.dv, v_copy, ld_v);
+    else if constexpr (PAIRS<E>)
+      interleave_rows(h.v, k0, n, h.dv, v_copy, ld_v);
+    else
+      vr = rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
     const char* next = !paged && k0 + 2 * n <= any.high ? k + n * h.k.row : nullptr;
-    if (masked && !all_finite<T>(vr, n, h.dv)) {
+    if (masked && !finite_values<E>(vr, 0, n, h.dv)) {
       for (int r = 0; r < count; r++)
-        rows[r].has_dense ? few_careful_values<T>(rows[r], n, vr, ld_v)
-                          : few_values<T, 1>(rows + r, n, vr, ld_v, nullptr, 0, 0);
+        rows[r].has_dense ? few_careful_values<E>(rows[r], n_words, vr, ld_v)
+                          : few_values<E, 1>(rows + r, n_words, vr, ld_v, nullptr, 0, 0);
       continue;
     }
     int r = 0;
     for (; r + 4 <= count; r += 4, next = nullptr)
-      few_values<T, 4>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+      few_values<E, 4>(rows + r, n_words, vr, ld_v, next, h.k.row, k_bytes);
     if (r + 2 <= count) {
-      few_values<T, 2>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+      few_values<E, 2>(rows + r, n_words, vr, ld_v, next, h.k.row, k_bytes);
       r += 2;
       next = nullptr;
     }
-    if (r < count) few_values<T, 1>(rows + r, n, vr, ld_v, next, h.k.row, k_bytes);
+    if (r < count) few_values<E, 1>(rows + r, n_words, vr, ld_v, next, h.k.row, k_bytes);
   }
 
   for (int r = 0; r < count; r++) {
     const Row<T>& x = rows[r];
-    const Finished<T> f = finished<T>(splat(x.max), splat(x.sum), splat(T(x.seen)), x.head->rules);
+    const Finished<T> f =
+        finished<T>(splat(x.max), splat(x.sum), splat(x.total), splat(T(x.seen)), x.head->rules);
     store_rows<E>(x.o, ld_v, f.factor[0], x.head->out, x.query, 1, h.dv);
     static_cast<T*>(x.head->lse)[x.query] = f.lse[0];
   }

@@ -11,16 +11,6 @@
 // multiply-adds (one a cycle), the exp pass 128 * 4 vectors at about 7 cycles (5 %), rescaling O 64
 // * 4 (0.4 %), storing and re-reading P 3 %.
 
-// The dense part of a range of keys: dense[key][query], or one value a key (step 0).
-template <class T> struct Dense {
-  const T* data;  // null: none
-  index_t key_step, vector_step;
-};
-template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
-  const T* p = d.data + key * d.key_step;
-  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
-}
-
 // S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io.
 template <class T, int NQ>
 FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T* seen) {
@@ -100,6 +90,15 @@ FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool us
   return {tile, lanes, W<T>};
 }
 
+// Is every element of V finite for n keys from `key` of the block?
+template <class E, class T = Compute<E>>
+FA_INLINE bool finite_values(Rows<T> v, index_t key, index_t n, index_t dv) {
+  if constexpr (PAIRS<E>)
+    return all_finite_words({v.data + key / 2 * v.ld, v.ld}, (key + n + 1) / 2 - key / 2, dv);
+  else
+    return all_finite<T>({v.data + key * v.ld, v.ld}, n, dv);
+}
+
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v,
@@ -127,46 +126,55 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
     dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
     const bool bent = h.rules.softcap > 0, plain = !dense[r].data;
     const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
-    scores<T, NQ>(n, kr, vr, x.q, h.d, h.dv, pr, plain && !bent ? block_max : ignored);
+    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(logit_scale(h.scale, h.rules)), pr,
+                  plain && !bent ? block_max : ignored);
     if (bent) bend<T, NQ>(n, pr, T(h.rules.softcap), plain ? block_max : ignored);
     if (plain) {
       FA_UNROLL
       for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
     } else {
       add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
-      careful |= !all_finite<T>(vr, n, h.dv);
+      careful |= !finite_values<E>(v, a - block, n, h.dv);
     }
   }
 
-  // 2. P = exp2(S - max), running maximum and sum
-  exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
-  if (h.rules.dropout.threshold) drop_tile<T, NQ>(h.rules.dropout, x.first, k0, k1 - k0, p);
+  // 2. P = exp2(S - max), running maximum and sums
+  if constexpr (PAIRS<E>)
+    exponentials_in_pairs<NQ>(k1 - k0, p, block_max, x.max, x.sum, x.total, rescale, ahead);
+  else
+    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
+  if (h.rules.dropout.threshold) drop_tile<E, NQ>(h.rules.dropout, x.first, k0, k1 - k0, p);
 
   // 3. O = O * rescale + P V
-  const Rows<T> vb{v.data + (k0 - block) * v.ld, v.ld};
-  if (careful) {
+  constexpr index_t each = PAIRS<E> ? 2 : 1;
+  const Rows<T> vb{v.data + (k0 - block) / each * v.ld, v.ld};
+  if (!careful) {
+    values<E, NQ>(words<E>(k1 - k0), vb, p, h.dv, x.o, rescale);
+  } else if constexpr (PAIRS<E>) {
+    careful_values_in_pairs<NQ>(words<E>(k1 - k0), vb, p, dense, cut, h.dv, x.o, rescale);
+  } else {
     for (int r = 0; r < 3; r++)
       if (dense[r].data)
         mark_masked<T, NQ>(cut[r + 1] - cut[r], p + (cut[r] - k0) * lanes, dense[r]);
     careful_values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
-  } else {
-    values<T, NQ>(k1 - k0, vb, p, h.dv, x.o, rescale);
   }
 }
 
 // What the sums become: the factor of the output, and the log-sum-exp. A sink joins the sum.
 // Nothing summed: either no key was allowed (0 and -inf), or every allowed logit was -inf (the
-// softmax of -inf is NaN).
+// softmax of -inf is NaN). `rounded` is the sum that the output belongs to.
 template <class T> struct Finished {
   Vec<T> factor, lse;
 };
 template <class T>
-FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> seen, const Rules& rules) {
+FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> rounded, Vec<T> seen,
+                               const Rules& rules) {
   const Vec<T> zero{}, nan = splat(T(__builtin_nan(""))), sink = splat(T(rules.sink * LOG2E));
   const Vec<T> top = max_or_second<T>(sink, max), rescale = exp2<T>(max - top),
-               total = fma<T>(sum, rescale, exp2<T>(sink - top));
+               sink_weight = exp2<T>(sink - top), total = fma<T>(sum, rescale, sink_weight);
   const Vec<T> lse = (top + log2_positive<T>(total)) * splat(T(LN2));
-  const Vec<T> factor = rescale / total * splat(T(rules.dropout.scale));
+  const Vec<T> factor =
+      rescale / fma<T>(rounded, rescale, sink_weight) * splat(T(rules.dropout.scale));
   return {seen == zero    ? zero
           : total == zero ? nan
                           : factor,
@@ -180,8 +188,8 @@ FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
   alignas(64) T factor[LANES<T>], lse[LANES<T>];
   for (int j = 0; j < x.vectors; j++) {
     const index_t at = j * W<T>;
-    const Finished<T> f =
-        finished<T>(load(x.max + at), load(x.sum + at), load(x.seen + at), h.rules);
+    const Finished<T> f = finished<T>(load(x.max + at), load(x.sum + at), load(x.total + at),
+                                      load(x.seen + at), h.rules);
     store(factor + at, f.factor);
     store(lse + at, f.lse);
   }
@@ -204,14 +212,42 @@ template <class T> FA_INLINE void choose_width(Queries<T>& x, const ForwardHead&
   }
 }
 
+// The end of the last word's keys.
+template <class E> FA_INLINE index_t whole_words(index_t key, index_t end) {
+  return PAIRS<E> ? min_index((key + 1) / 2 * 2, end) : key;
+}
+
+// Operands of the products for `rows` keys: words along d, words of two keys.
+template <class E, class T = Compute<E>>
+FA_INLINE Rows<T> key_rows(const Matrix& k, index_t r0, index_t rows, index_t d, T* scratch,
+                           bool in_place) {
+  if constexpr (PAIRS<E>) {
+    if (in_place) return {reinterpret_cast<const T*>(k.data + r0 * k.row), k.row / 4};
+    copy_words(k, r0, rows, d, scratch, words<E>(d));
+    return {scratch, words<E>(d)};
+  } else {
+    return rows_at<E>(k, r0, rows, d, scratch, d, in_place);
+  }
+}
+template <class E, class T = Compute<E>>
+FA_INLINE Rows<T> value_rows(const Matrix& v, index_t r0, index_t rows, index_t dv, T* scratch,
+                             bool in_place) {
+  if constexpr (PAIRS<E>) {
+    interleave_rows(v, r0, rows, dv, scratch, round_up<T>(dv));
+    return {scratch, round_up<T>(dv)};
+  } else {
+    return rows_at<E>(v, r0, rows, dv, scratch, dv, in_place);
+  }
+}
+
 template <class E> static size_t forward_scratch(const ForwardHead& h, index_t queries) {
   using T = Compute<E>;
   const index_t subs =
       (queries + W<T> - 1) / W<T>;  // at most, if every sub-block were one vector wide
   const index_t lanes = round_up<T>(queries) + LANES<T>;
   const index_t elements =
-      lanes * (h.d + h.dv + 3) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + h.dv);
-  return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 6 * 64 +
+      lanes * (h.d + h.dv + 4) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + round_up<T>(h.dv));
+  return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 7 * 64 +
          8 * 64;
 }
 
@@ -220,11 +256,11 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
                     void* scratch) {
   using T = Compute<E>;
   char* free = static_cast<char*>(scratch);
-  const bool k_in_place = !h.pages.table && is_ready<E>(h.k),
-             v_in_place = !h.pages.table && is_ready<E>(h.v);
+  const bool k_in_place = !h.pages.table && is_ready<E>(h.k, h.d),
+             v_in_place = !h.pages.table && !PAIRS<E> && is_ready<E>(h.v);
   T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
   T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d),
-    *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * h.dv);
+    *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * round_up<T>(h.dv));
   auto* subs = reinterpret_cast<Queries<T>*>(
       carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
 
@@ -240,9 +276,14 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
     x.max = carve<T>(free, lanes);
     x.sum = carve<T>(free, lanes);
     x.seen = carve<T>(free, lanes);
-    pack_transposed<E>(h.q, q, x.count, h.d, T(logit_scale(h.scale, h.rules)), x.q, lanes);
+    x.total = PAIRS<E> ? carve<T>(free, lanes) : x.sum;
+    if constexpr (PAIRS<E>)
+      pack_words(h.q, q, x.count, h.d, x.q, lanes);
+    else
+      pack_transposed<E>(h.q, q, x.count, h.d, T(logit_scale(h.scale, h.rules)), x.q, lanes);
     __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
-    for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = 0, x.seen[i] = 0;
+    for (index_t i = 0; i < lanes; i++)
+      x.max[i] = Bits<T>::lowest, x.sum[i] = x.total[i] = x.seen[i] = 0;
     any.low = min_index(any.low, x.keys.any.low);
     any.high = max_index(any.high, x.keys.any.high);
     q += x.count;
@@ -264,18 +305,20 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
   // depend on its neighbours.
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t end = min_index(block + KEY_BLOCK, any.high);
-    Rows<T> k{k_copy, h.d}, v{v_copy, h.dv};
+    const index_t ld = words<E>(h.d), ld_v = PAIRS<E> ? round_up<T>(h.dv) : h.dv;
+    Rows<T> k{k_copy, ld}, v{v_copy, ld_v};
     if (h.pages.table) {
-      copy_pages<E>(h.k, h.pages, h.pages.k_page, block, end - block, h.d, k_copy, h.d);
-      copy_pages<E>(h.v, h.pages, h.pages.v_page, block, end - block, h.dv, v_copy, h.dv);
+      copy_pages<E>(h.k, h.pages, h.pages.k_page, block, end - block, h.d, k_copy, ld);
+      copy_value_pages<E>(h.v, h.pages, block, end - block, h.dv, v_copy, ld_v);
     } else {
-      k = rows_at<E>(h.k, block, end - block, h.d, k_copy, h.d, k_in_place);
-      v = rows_at<E>(h.v, block, end - block, h.dv, v_copy, h.dv, v_in_place);
+      k = key_rows<E>(h.k, block, end - block, h.d, k_copy, k_in_place);
+      v = value_rows<E>(h.v, block, end - block, h.dv, v_copy, v_in_place);
     }
     for (int s = 0; s < n; s++) {
       Queries<T>& x = subs[s];
-      const index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
+      index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
       if (k0 >= k1) continue;
+      if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
       if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
       if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
       if constexpr (MAX_NJ >= 4) {

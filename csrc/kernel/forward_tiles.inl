@@ -9,39 +9,42 @@ template <class T> struct Queries {
   index_t first, count;
   int vectors;  // in use, ceil(count / W); also the row length of q, o and p in vectors
   Span keys;
-  T* q;                 // (d, lanes)   Q^T * scale * log2(e)
+  T* q;                 // (d, lanes)   Q^T * scale * log2(e); pairs: words of Q^T
   T* o;                 // (dv, lanes)  sum of P V so far
   T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
+  T* total;             // (lanes) what o is divided by: sum, for pairs that of the rounded P
 };
 
-template <class T, int NI, int NQ>
-FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T* p, Vec<T> (&max)[NQ]) {
+template <class E, int NI, int NQ, class T = Compute<E>>
+FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T factor, T* p, Vec<T> (&max)[NQ]) {
   Vec<T> acc[NI][NQ] = {};
-  multiply_tile<T, NI, NQ>(acc, k.data, k.ld, 1, q, NQ * W<T>, d);
+  multiply_tile<E, NI, NQ>(acc, k.data, k.ld, 1, q, NQ * W<T>, d);
   FA_UNROLL
   for (int i = 0; i < NI; i++) {
     FA_UNROLL
     for (int j = 0; j < NQ; j++) {
+      if constexpr (PAIRS<E>) acc[i][j] *= splat(factor);
       store(p + (i * NQ + j) * W<T>, acc[i][j]);
       max[j] = max_or_second<T>(acc[i][j], max[j]);
     }
   }
 }
-template <class T, int NI, int NQ>
-FA_INLINE void score_rest(int rows, Rows<T> k, const T* q, index_t d, T* p, Vec<T> (&max)[NQ]) {
+template <class E, int NI, int NQ, class T = Compute<E>>
+FA_INLINE void score_rest(int rows, Rows<T> k, const T* q, index_t d, T factor, T* p,
+                          Vec<T> (&max)[NQ]) {
   if constexpr (NI > 0) {
     if (rows == NI)
-      score_tile<T, NI, NQ>(k, q, d, p, max);
+      score_tile<E, NI, NQ>(k, q, d, factor, p, max);
     else
-      score_rest<T, NI - 1, NQ>(rows, k, q, d, p, max);
+      score_rest<E, NI - 1, NQ>(rows, k, q, d, factor, p, max);
   }
 }
 
-// p[key][query] = k[key] . q[query] for n keys; the maximum over keys joins max_io. Fetches the
-// next keys and these values.
-template <class T, int NQ>
-FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv, T* p,
-                        T* max_io) {
+// p[key][query] = k[key] . q[query] for n keys (times factor for pairs: q is not scaled then); the
+// maximum over keys joins max_io. Fetches the next keys and these values.
+template <class E, int NQ, class T = Compute<E>>
+FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv,
+                        T factor, T* p, T* max_io) {
   constexpr int NI = tile_rows<NQ>;
   Vec<T> max[NQ];
   FA_UNROLL
@@ -50,12 +53,14 @@ FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, 
   for (; i + NI <= n; i += NI) {
     for (index_t r = 0; r < NI; r++) {
       for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (i + NI + r) * k.ld + c);
-      for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
+      if constexpr (!PAIRS<E>)  // whose values were copied to scratch just now
+        for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
     }
-    score_tile<T, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+    score_tile<E, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, factor, p + i * NQ * W<T>, max);
   }
   if (i < n)
-    score_rest<T, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, p + i * NQ * W<T>, max);
+    score_rest<E, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, factor,
+                              p + i * NQ * W<T>, max);
   FA_UNROLL
   for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
 }
@@ -92,10 +97,10 @@ FA_NOINLINE void exponentials(index_t n, T* p, const T* block_max, T* max_io, T*
 
 // The block's own sum is made first and then joins the rescaled sums so far: one chain over all
 // keys would lose a digit on long rows.
-template <class T, int NI, int NQ>
+template <class E, int NI, int NQ, class T = Compute<E>>
 FA_INLINE void value_tile(Rows<T> v, const T* p, T* o, const T* rescale, index_t n) {
   Vec<T> acc[NI][NQ] = {};
-  multiply_tile<T, NI, NQ>(acc, v.data, 1, v.ld, p, NQ * W<T>, n);
+  multiply_tile<E, NI, NQ>(acc, v.data, 1, v.ld, p, NQ * W<T>, n);
   FA_UNROLL
   for (int i = 0; i < NI; i++) {
     FA_UNROLL
@@ -105,25 +110,26 @@ FA_INLINE void value_tile(Rows<T> v, const T* p, T* o, const T* rescale, index_t
     }
   }
 }
-template <class T, int NI, int NQ>
+template <class E, int NI, int NQ, class T = Compute<E>>
 FA_INLINE void value_rest(int dims, Rows<T> v, const T* p, T* o, const T* rescale, index_t n) {
   if constexpr (NI > 0) {
     if (dims == NI)
-      value_tile<T, NI, NQ>(v, p, o, rescale, n);
+      value_tile<E, NI, NQ>(v, p, o, rescale, n);
     else
-      value_rest<T, NI - 1, NQ>(dims, v, p, o, rescale, n);
+      value_rest<E, NI - 1, NQ>(dims, v, p, o, rescale, n);
   }
 }
 
-// o[dim][query] = o * rescale + sum over n keys of v[key][dim] * p[key][query]
-template <class T, int NQ>
+// o[dim][query] = o * rescale + sum over n keys (pairs: words of two keys) of v[key][dim] *
+// p[key][query]
+template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t dv, T* o, const T* rescale) {
   constexpr int NI = tile_rows<NQ>;
   index_t i = 0;
   for (; i + NI <= dv; i += NI)
-    value_tile<T, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
+    value_tile<E, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
   if (i < dv)
-    value_rest<T, NI - 1, NQ>(int(dv - i), {v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
+    value_rest<E, NI - 1, NQ>(int(dv - i), {v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
 }
 
 // The same where V holds something that is not finite and P marks masked entries by -1: 0 * NaN
@@ -141,4 +147,14 @@ FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t dv, T*
     }
     store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
   }
+}
+
+// The dense part of a range of keys: dense[key][query], or one value a key (step 0).
+template <class T> struct Dense {
+  const T* data;  // null: none
+  index_t key_step, vector_step;
+};
+template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
+  const T* p = d.data + key * d.key_step;
+  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
 }

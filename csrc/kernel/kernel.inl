@@ -16,42 +16,53 @@ namespace {
 #include "kernel/vec.inl"
 #include "kernel/element.inl"
 #include "kernel/exp.inl"
-#include "kernel/tile.inl"
 #include "kernel/move.inl"
+#include "kernel/pairs.inl"
+#include "kernel/tile.inl"
 #include "kernel/rules.inl"
 #include "kernel/dropout.inl"
 #include "kernel/forward_tiles.inl"
+#include "kernel/forward_pairs.inl"
 #include "kernel/forward.inl"
 #include "kernel/few.inl"
 #include "kernel/backward_tiles.inl"
+#include "kernel/backward_pairs.inl"
 #include "kernel/backward.inl"
 #include "kernel/limits.inl"
 // clang-format on
 
-template <class E> constexpr Kernels kernels() {
-  return {LANES<Compute<E>>,
-          FEW,
-          BACK_QUERIES,
-          BACK_KEYS,
-          forward_scratch<E>,
-          forward<E>,
-          few_scratch<E>,
-          forward_few<E>,
-          delta<E>,
-          visible_blocks,
-          backward_scratch<E>,
-          backward<E>,
-          round_rows<E>,
-          multiply_adds<Compute<E>>};
-}
+template <class E>
+constexpr Kernels kernels{LANES<Compute<E>>,
+                          FEW,
+                          BACK_QUERIES,
+                          BACK_KEYS,
+                          forward_scratch<E>,
+                          forward<E>,
+                          few_scratch<E>,
+                          forward_few<E>,
+                          delta<E>,
+                          visible_blocks,
+                          backward_scratch<E>,
+                          backward<E>,
+                          round_rows<E>,
+                          multiply_adds<E>};
 
 }  // namespace
 
-extern const KernelTable FUSEDATTN_TABLE;
 // Initialised at compile time: loading the library must not run code of this instruction set.
+#if defined(FUSEDATTN_BASE)
+extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
+constinit const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME,
+                                            &FUSEDATTN_BASE,
+                                            {nullptr, nullptr, nullptr, &kernels<BFloat>},
+                                            read_stream};
+#else
+extern const KernelTable FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{
     FUSEDATTN_ISA_NAME,
-    {kernels<float>(), kernels<double>(), kernels<Half>(), kernels<BFloat>()},
+    nullptr,
+    {&kernels<float>, &kernels<double>, &kernels<Half>, &kernels<BFloat>},
     read_stream};
+#endif
 
 }  // namespace fusedattn

@@ -1,7 +1,8 @@
 // What the machine can do at most, measured with the same instructions as the kernels use.
 
 // Twelve independent chains of multiply-adds: more than latency times throughput anywhere.
-template <class T> static double multiply_adds(index_t rounds) {
+template <class E> static double multiply_adds(index_t rounds) {
+  using T = Compute<E>;
   Vec<T> acc[12];
   FA_UNROLL
   for (int i = 0; i < 12; i++) acc[i] = splat(T(i));
@@ -11,7 +12,7 @@ template <class T> static double multiply_adds(index_t rounds) {
     keep_in_register(y);
     FA_UNROLL
     for (int i = 0; i < 12; i++) {
-      acc[i] = fma<T>(acc[i], x, y);
+      acc[i] = PAIRS<E> ? multiply_add<E>(x, y, acc[i]) : fma<T>(acc[i], x, y);
       keep_in_register(acc[i]);
     }
   }
@@ -20,7 +21,7 @@ template <class T> static double multiply_adds(index_t rounds) {
   for (int i = 0; i < 12; i++) sum += sum_lanes<T>(acc[i]);
   volatile T sink = sum;
   (void)sink;
-  return double(rounds) * 12 * W<T> * 2;
+  return double(rounds) * 12 * W<T> * (PAIRS<E> ? 4 : 2);
 }
 
 // Reads every cache line once with vector loads.

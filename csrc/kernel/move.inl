@@ -126,20 +126,6 @@ FA_INLINE Rows<T> rows_at(const Matrix& m, index_t r0, index_t rows, index_t col
   return {scratch, scratch_ld};
 }
 
-// Rows [r0, r0 + rows) of k or v, gathered from pages; `page` is the bytes from one page to the
-// next.
-template <class E, class T = Compute<E>>
-FA_INLINE void copy_pages(const Matrix& m, const Pages& pages, index_t page, index_t r0,
-                          index_t rows, index_t cols, T* dst, index_t ld) {
-  for (index_t r = r0; r < r0 + rows;) {
-    const index_t at = r % pages.rows, n = min_index(pages.rows - at, r0 + rows - r);
-    Matrix one = m;
-    one.data += pages.table[r / pages.rows] * page;
-    copy_rows<E>(one, at, n, cols, T(1), dst + (r - r0) * ld, ld);
-    r += n;
-  }
-}
-
 // Fetches rows into the caches, a few lines at a time, while something else computes.
 struct Stream {
   const char* row;

@@ -145,7 +145,8 @@ struct Kernels {
 // What one instruction set offers.
 struct KernelTable {
   const char* name;
-  Kernels kernels[4];  // by DType
+  const KernelTable* base;    // has the kernels that are null here; null if none is
+  const Kernels* kernels[4];  // by DType
   double (*read)(const char* data,
                  std::size_t bytes);  // plain streaming read, for the bandwidth limit
 };

@@ -15,8 +15,8 @@ template <int NJ> inline constexpr int tile_rows = NJ == 1 ? 8 : 6;
 
 // acc[i][j] += sum over p < n of a[i * a_row + p * a_col] * b[p * b_row + j * W + lane].
 // One chain of multiply-adds for each element, p ascending: the bits do not depend on the tile's
-// shape.
-template <class T, int NI, int NJ>
+// shape. Where E is multiplied in pairs (pairs.inl), a and b hold words and p counts words.
+template <class E, int NI, int NJ, class T = Compute<E>>
 FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, index_t a_col,
                              const T* b, index_t b_row, index_t n) {
   const auto step = [&](const T* ap, const T* bp) __attribute__((always_inline)) {
@@ -28,9 +28,9 @@ FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, i
     }
     FA_UNROLL
     for (int i = 0; i < NI; i++) {
-      const Vec<T> av = splat(ap[i * a_row]);
+      const Vec<T> av = splat_operand<E>(ap + i * a_row);
       FA_UNROLL
-      for (int j = 0; j < NJ; j++) acc[i][j] = fma<T>(av, bv[j], acc[i][j]);
+      for (int j = 0; j < NJ; j++) acc[i][j] = multiply_add<E>(av, bv[j], acc[i][j]);
     }
   };
   index_t p = 0;
@@ -47,11 +47,11 @@ FA_INLINE void multiply_tile(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, i
 // c[i][0:n] += sum over p < k of a[i * a_row + p * a_col] * b[p][0:n], for i < m. Rows of b are
 // readable up to a multiple of W (padded); rows of c are written up to n only. The sum is made
 // first and then added: long chains lose digits.
-template <class T, int NI, int NJ>
+template <class E, int NI, int NJ, class T = Compute<E>>
 FA_INLINE void accumulate_tile(const T* a, index_t a_row, index_t a_col, const T* b, index_t b_row,
                                T* c, index_t c_row, index_t k, int last) {
   Vec<T> acc[NI][NJ] = {};
-  multiply_tile<T, NI, NJ>(acc, a, a_row, a_col, b, b_row, k);
+  multiply_tile<E, NI, NJ>(acc, a, a_row, a_col, b, b_row, k);
   FA_UNROLL
   for (int i = 0; i < NI; i++) {
     T *row = c + i * c_row, *end = row + (NJ - 1) * W<T>;
@@ -64,29 +64,29 @@ FA_INLINE void accumulate_tile(const T* a, index_t a_row, index_t a_col, const T
   }
 }
 
-template <class T, int NI, int NJ>
+template <class E, int NI, int NJ, class T = Compute<E>>
 FA_INLINE void accumulate_rest(int rows, const T* a, index_t a_row, index_t a_col, const T* b,
                                index_t b_row, T* c, index_t c_row, index_t k, int last) {
   if constexpr (NI > 0) {
     if (rows == NI)
-      accumulate_tile<T, NI, NJ>(a, a_row, a_col, b, b_row, c, c_row, k, last);
+      accumulate_tile<E, NI, NJ>(a, a_row, a_col, b, b_row, c, c_row, k, last);
     else
-      accumulate_rest<T, NI - 1, NJ>(rows, a, a_row, a_col, b, b_row, c, c_row, k, last);
+      accumulate_rest<E, NI - 1, NJ>(rows, a, a_row, a_col, b, b_row, c, c_row, k, last);
   }
 }
 
 // Which of a's strides is 1 is known at compile time: A_ROW1 (a transposed) or not.
-template <class T, int NJ, bool A_ROW1>
+template <class E, int NJ, bool A_ROW1, class T = Compute<E>>
 FA_NOINLINE void accumulate_columns(index_t m, index_t k, const T* a, index_t a_ld, const T* b,
                                     index_t b_row, T* c, index_t c_row, int last) {
   constexpr int NI = tile_rows<NJ>;
   const index_t a_row = A_ROW1 ? 1 : a_ld, a_col = A_ROW1 ? a_ld : 1;
   index_t i = 0;
   for (; i + NI <= m; i += NI)
-    accumulate_tile<T, NI, NJ>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k,
+    accumulate_tile<E, NI, NJ>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k,
                                last);
   if (i < m)
-    accumulate_rest<T, NI - 1, NJ>(int(m - i), a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
+    accumulate_rest<E, NI - 1, NJ>(int(m - i), a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
                                    c_row, k, last);
 }
 
@@ -97,7 +97,7 @@ FA_INLINE int next_group(index_t left) {
   return int((left + groups - 1) / groups);
 }
 
-template <class T, bool A_ROW1>
+template <class E, bool A_ROW1, class T = Compute<E>>
 FA_INLINE void accumulate(index_t m, index_t n, index_t k, const T* a, index_t a_ld, const T* b,
                           index_t b_row, T* c, index_t c_row) {
   const index_t vectors = (n + W<T> - 1) / W<T>;
@@ -106,11 +106,11 @@ FA_INLINE void accumulate(index_t m, index_t n, index_t k, const T* a, index_t a
     const int last = int(n - (j + nj - 1) * W<T> < W<T> ? n - (j + nj - 1) * W<T> : W<T>);
     const T* bj = b + j * W<T>;
     T* cj = c + j * W<T>;
-    if (nj == 1) accumulate_columns<T, 1, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-    if (nj == 2) accumulate_columns<T, 2, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+    if (nj == 1) accumulate_columns<E, 1, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+    if (nj == 2) accumulate_columns<E, 2, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
     if constexpr (MAX_NJ >= 4) {
-      if (nj == 3) accumulate_columns<T, 3, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-      if (nj == 4) accumulate_columns<T, 4, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+      if (nj == 3) accumulate_columns<E, 3, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+      if (nj == 4) accumulate_columns<E, 4, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
     }
     j += nj;
   }

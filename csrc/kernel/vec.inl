@@ -165,6 +165,14 @@ FA_INLINE void prefetch_far(const void* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+template <bool A, class X, class Y> struct SelectType {
+  using type = X;
+};
+template <class X, class Y> struct SelectType<false, X, Y> {
+  using type = Y;
+};
+template <bool A, class X, class Y> using Select = typename SelectType<A, X, Y>::type;
+
 // Compile-time integer sequence; std's would do, but kernels use nothing of std.
 template <int... I> struct Seq {};
 template <int N, int... I> struct MakeSeq : MakeSeq<N - 1, N - 1, I...> {};
