@@ -2,6 +2,7 @@
 // the GIL, call.
 #include "request.h"
 
+#include "bindings_layers.h"
 #include "dispatch.h"
 
 namespace fusedattn {
@@ -40,21 +41,6 @@ py::array take_out(const Request& r, py::handle out) {
     if (overlaps(b)) wrong_value("out", "memory of its own", "an array that overlaps mask or bias");
   if (overlaps_itself(a)) wrong_value("out", "distinct elements", "an array that overlaps itself");
   return a;
-}
-
-bool signals_pending() {
-  const py::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
-template <class F> void run_without_gil(F&& f) {
-  Loop loop{signals_pending};
-  bool done;
-  {
-    const py::gil_scoped_release release;
-    done = f(loop);
-  }
-  if (!done) throw py::error_already_set();
 }
 
 py::object forward(Request& r, py::handle out, bool return_lse) {
@@ -101,8 +87,17 @@ Tensor rows_of(const Request& r, const py::array& a) {
   return t;
 }
 
+// An array of the caller's that a gradient is written to.
+py::array written_like(const char* name, py::handle object, const py::dtype& dtype,
+                       const Shape& shape) {
+  py::array a = input_like(name, object, dtype, shape);
+  if (!a.writeable()) wrong_value(name, "a writeable array", "a read-only one");
+  if (overlaps_itself(a)) wrong_value(name, "distinct elements", "an array that overlaps itself");
+  return a;
+}
+
 py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, py::handle dlse,
-                   Needs need, const RuleArguments& rules) {
+                   Needs need, const RuleArguments& rules, py::handle into) {
   Call& c = r.call;
   const py::array d = input_like("dout", dout, r.dtype, r.out_shape),
                   o = input_like("out", out, r.dtype, r.out_shape);
@@ -119,14 +114,16 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   py::object dq = py::none(), dk = py::none(), dv = py::none(), dbias = py::none(),
              dsinks = py::none();
   const auto gradient = [&](const char* name, const py::array& a, Axes axes, Tensor& t,
-                            const Tensor& input) -> py::object {
-    py::array g = allocate(name, r.dtype, shape_of(a));
+                            const Tensor& input, int place) -> py::object {
+    py::array g = into.is_none() ? allocate(name, r.dtype, shape_of(a))
+                                 : written_like(name, into.cast<py::tuple>()[std::size_t(place)],
+                                                r.dtype, shape_of(a));
     t = like(r, g, axes, input, input.row);
     return g;
   };
-  if (need.q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q);
-  if (need.k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k);
-  if (need.v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v);
+  if (need.q) dq = gradient("dq", r.q, r.q_axes, c.dq, c.q, 0);
+  if (need.k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k, 1);
+  if (need.v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v, 2);
   if (need.bias) {
     if (rules.bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
     const py::array b = array_of("bias", rules.bias);
@@ -189,7 +186,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
            H num_threads, const py::tuple& need) {
           const RuleArguments arguments(rules);
           Request r = rectangular(q, k, v, arguments, layout, num_threads);
-          return backward(r, dout, out, lse, dlse, Needs(need), arguments);
+          return backward(r, dout, out, lse, dlse, Needs(need), arguments, py::none());
         });
   m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, const py::tuple& rules, H out,
                                H num_threads, bool return_lse) {
@@ -198,10 +195,10 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   });
   m.def("attention_varlen_backward",
         [](H dout, H q, H k, H v, H out, H lse, H dlse, H cu_q, H cu_k, const py::tuple& rules,
-           H num_threads, const py::tuple& need) {
+           H num_threads, const py::tuple& need, H into) {
           const RuleArguments arguments(rules);
           Request r = packed(q, k, v, cu_q, cu_k, arguments, num_threads);
-          return backward(r, dout, out, lse, dlse, Needs(need), arguments);
+          return backward(r, dout, out, lse, dlse, Needs(need), arguments, into);
         });
 
   m.def("get_num_threads", &get_num_threads);
@@ -219,4 +216,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     return measure_bandwidth(threads);
   });
+  bind_layers(m);
 }

@@ -290,4 +290,20 @@ inline py::array allocate(const char* name, const py::dtype& dtype, const Shape&
   return py::reinterpret_steal<py::array>(raw);
 }
 
+// Runs f(loop) without the GIL; a signal that came meanwhile becomes Python's exception.
+inline bool signals_pending() {
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+template <class F> void run_without_gil(F&& f) {
+  Loop loop{signals_pending};
+  bool done;
+  {
+    const py::gil_scoped_release release;
+    done = f(loop);
+  }
+  if (!done) throw py::error_already_set();
+}
+
 }  // namespace fusedattn

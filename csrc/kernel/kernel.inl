@@ -1,6 +1,7 @@
 // The one kernel source. isa/NAME.cpp sets the target (FUSEDATTN_TABLE, FUSEDATTN_VECTOR_BYTES,
 // FUSEDATTN_REGISTERS) and includes this file; all of it has internal linkage, so that code
 // compiled for one instruction set never runs for another.
+#include "kernel/layer_task.h"
 #include "kernel/task.h"
 
 #if defined(__x86_64__)
@@ -29,6 +30,8 @@ namespace {
 #include "kernel/backward_pairs.inl"
 #include "kernel/backward.inl"
 #include "kernel/limits.inl"
+#include "kernel/elementwise.inl"
+#include "kernel/product.inl"
 // clang-format on
 
 template <class E>
@@ -47,6 +50,13 @@ constexpr Kernels kernels{LANES<Compute<E>>,
                           round_rows<E>,
                           multiply_adds<E>};
 
+template <class T>
+constexpr LayerKernels layer_kernels_of{
+    PANEL<T>,         product_scratch<T>, product<T>,
+    activate_rows<T>, layer_norm<T>,      layer_norm_backward<T>,
+    adamw<T>,         log_sum_exp<T>,     softmax_gradient<T>,
+    gather<T>,        scatter<T>,         drop_rows<T>};
+
 }  // namespace
 
 // Initialised at compile time: loading the library must not run code of this instruction set.
@@ -55,14 +65,16 @@ extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME,
                                             &FUSEDATTN_BASE,
                                             {nullptr, nullptr, nullptr, &kernels<BFloat>},
-                                            read_stream};
+                                            read_stream,
+                                            {nullptr, nullptr}};
 #else
 extern const KernelTable FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{
     FUSEDATTN_ISA_NAME,
     nullptr,
     {&kernels<float>, &kernels<double>, &kernels<Half>, &kernels<BFloat>},
-    read_stream};
+    read_stream,
+    {&layer_kernels_of<float>, &layer_kernels_of<double>}};
 #endif
 
 }  // namespace fusedattn

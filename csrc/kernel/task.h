@@ -142,6 +142,8 @@ struct Kernels {
       index_t rounds);  // runs independent multiply-adds, returns how many flops that was
 };
 
+struct LayerKernels;  // layer_task.h
+
 // What one instruction set offers.
 struct KernelTable {
   const char* name;
@@ -149,6 +151,7 @@ struct KernelTable {
   const Kernels* kernels[4];  // by DType
   double (*read)(const char* data,
                  std::size_t bytes);  // plain streaming read, for the bandwidth limit
+  const LayerKernels* layers[2];      // float32, float64
 };
 
 }  // namespace fusedattn

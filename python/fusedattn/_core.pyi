@@ -62,6 +62,7 @@ def attention_varlen_backward(
     rules: tuple[Any, ...],
     num_threads: int | None,
     need: tuple[bool, ...],
+    into: tuple[NDArray[Any], ...] | None,
 ) -> tuple[Any, Any, Any, Any, Any]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int | None) -> None: ...
@@ -69,3 +70,65 @@ def cpu_info() -> dict[str, Any]: ...
 def set_isa(name: str) -> None: ...
 def measure_peak(dtype: str, threads: int) -> float: ...
 def measure_bandwidth(threads: int) -> float: ...
+
+# For fusedattn.nn, fusedattn.losses and fusedattn.optim: results go to arrays that are given.
+
+def product(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    c: NDArray[Any],
+    bias: NDArray[Any] | None,
+    added: NDArray[Any] | None,
+    slope: NDArray[Any] | None,
+    row_sums: NDArray[Any] | None,
+    then: str,
+) -> None: ...
+def activate(y: NDArray[Any], slope: NDArray[Any], then: str) -> None: ...
+def layer_norm(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any],
+    mean: NDArray[Any],
+    rstd: NDArray[Any],
+    eps: float,
+) -> None: ...
+def layer_norm_backward(
+    x: NDArray[Any],
+    dy: NDArray[Any],
+    dx: NDArray[Any],
+    weight: NDArray[Any],
+    mean: NDArray[Any],
+    rstd: NDArray[Any],
+    dweight: NDArray[Any],
+    dbias: NDArray[Any],
+) -> None: ...
+def adamw(
+    p: NDArray[Any],
+    g: NDArray[Any],
+    m: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    b1: float,
+    b2: float,
+    rate: float,
+    root: float,
+    shrink: float,
+    eps: float,
+) -> None: ...
+def log_sum_exp(x: NDArray[Any], lse: NDArray[Any]) -> None: ...
+def softmax_gradient(
+    x: NDArray[Any], lse: NDArray[Any], share: NDArray[Any], dx: NDArray[Any]
+) -> None: ...
+def gather_sum(tables: list[NDArray[Any]], ids: list[NDArray[Any]], y: NDArray[Any]) -> None: ...
+def scatter_sum(
+    x: NDArray[Any], order: NDArray[Any], first: NDArray[Any], rows: NDArray[Any], y: NDArray[Any]
+) -> None: ...
+def drop_rows(
+    x: NDArray[Any],
+    added: NDArray[Any] | None,
+    y: NDArray[Any],
+    seed: int,
+    threshold: int,
+    scale: float,
+) -> None: ...

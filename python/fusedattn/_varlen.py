@@ -103,6 +103,7 @@ def attention_varlen_backward(
     seed: int | None = None,
     dlse: Any = None,
     need: Sequence[str] = ("q", "k", "v"),
+    into: tuple[Array, Array, Array] | None = None,
     num_threads: int | None = None,
 ) -> AttentionGradients:
     """Gradients of :func:`attention_varlen`.
@@ -117,6 +118,9 @@ def attention_varlen_backward(
         Gradient of the scalar by lse; default 0.
     need : sequence of {"q", "k", "v", "bias", "sinks"}, default ("q", "k", "v")
         Which gradients to compute.
+    into : tuple of three arrays, optional
+        Where dq, dk and dv are written: of the shapes and dtype of q, k and v, with any strides, so
+        three views of one array will do; they may not overlap each other or an input.
     num_threads : int, optional
 
     Returns
@@ -134,6 +138,6 @@ def attention_varlen_backward(
     )  # fmt: skip
     gradients = _core.attention_varlen_backward(
         dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, rules, num_threads,
-        needs_of(need),
+        needs_of(need), into,
     )  # fmt: skip
     return AttentionGradients(*gradients)

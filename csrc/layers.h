@@ -1,0 +1,31 @@
+// The work of an encoder's layers on whole arrays, divided over threads. The bits of a result do
+// not depend on the division.
+#pragma once
+
+#include <vector>
+
+#include "kernel/layer_task.h"
+#include "parallel.h"
+
+namespace fusedattn {
+
+// How to run: float32 or float64, on how many threads.
+struct Run {
+  DType dtype;
+  int threads;
+  Loop& loop;
+};
+
+// All return false if interrupted. Throw std::bad_alloc.
+bool run_product(const Run& run, const Product& p);
+bool run_activate(const Run& run, const Product& p);  // c in place, by `then`
+bool run_layer_norm(const Run& run, const LayerNorm& n, index_t rows);
+bool run_layer_norm_backward(const Run& run, const LayerNormBackward& n, index_t rows);
+bool run_adamw(const Run& run, const AdamW& a, index_t elements);
+bool run_log_sum_exp(const Run& run, const Softmax& s, index_t rows);
+bool run_softmax_gradient(const Run& run, const Softmax& s, index_t rows);
+bool run_gather(const Run& run, const Gather& g, index_t rows);
+bool run_scatter(const Run& run, const Scatter& s, index_t sums);
+bool run_drop_rows(const Run& run, const DropRows& d, index_t rows);
+
+}  // namespace fusedattn
