@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fusedattn import _core
 from fusedattn.nn import Array
 
 
@@ -59,31 +60,33 @@ def cross_entropy(
             f"labels: expected values in [0, {classes}), got {chosen.min()} to {chosen.max()}"
         )
     weights = _checked(class_weights, classes, logits.dtype)
-    log_p = logits - logits.max(axis=1, keepdims=True, initial=np.finfo(logits.dtype).min)
-    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    logits = np.ascontiguousarray(logits)
+    lse = np.empty(count, logits.dtype)
+    _core.log_sum_exp(logits, lse)
 
-    # The loss is the sum over the rows of a log_p[label] + b sum_c w_c log_p_c.
+    # The loss is the sum over the rows of a log_p[label] + b sum_c w_c log_p_c, where
+    # log_p = logits - lse.
     total = float(weights[chosen].sum(dtype=np.float64))
     scale = 1.0 / total if total else 0.0
     a = (label_smoothing - 1.0) * scale
     b = -label_smoothing / max(1, classes) * scale
-    picked = log_p[rows, chosen] * weights[chosen]
+    picked = (logits[rows, chosen] - lse[rows]) * weights[chosen]
     loss = a * float(picked.sum(dtype=np.float64))
     if label_smoothing:
-        loss += b * float((log_p[rows] @ weights).sum(dtype=np.float64))
+        smooth = logits[rows] @ weights - lse[rows] * weights.sum()
+        loss += b * float(smooth.sum(dtype=np.float64))
 
     def vjp(dloss: float) -> Array:
         # d log_p_c / d logits = onehot_c - softmax
-        share = np.zeros((count, 1), logits.dtype)
-        share[rows, 0] = a * weights[chosen]
+        share = np.zeros(count, logits.dtype)
+        share[rows] = -a * dloss * weights[chosen]
         if label_smoothing:
-            share[rows] += b * weights.sum()
-        d: Array = np.exp(log_p)
-        d *= -share
+            share[rows] -= b * dloss * weights.sum()
+        d = np.empty_like(logits)
+        _core.softmax_gradient(logits, lse, share, d)
         if label_smoothing:
-            d[rows] += b * weights
-        d[rows, chosen] += a * weights[chosen]
-        d *= dloss
+            d[rows] += b * dloss * weights
+        d[rows, chosen] += a * dloss * weights[chosen]
         return d
 
     return loss, vjp

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fusedattn import _core
 from fusedattn.nn import Array, Params, leaves
-
-BLOCK = 1 << 15  # elements updated at a time, so that the dozen passes over them stay in the cache
 
 
 def decay_matrices(name: str, array: Array) -> bool:
@@ -91,26 +90,8 @@ class AdamW:
         rate = learning_rate / (1.0 - b1**self.steps)
         root = 1.0 / math.sqrt(1.0 - b2**self.steps)
         shrink = 1.0 - learning_rate * self.decay[name]
-        flat = (p.reshape(-1), g.reshape(-1), self.m[name].reshape(-1), self.v[name].reshape(-1))
-        scratch = np.empty(min(p.size, BLOCK), p.dtype)
-        for start in range(0, p.size, BLOCK):
-            pb, gb, m, v = (a[start : start + BLOCK] for a in flat)
-            t = scratch[: len(pb)]
-            np.multiply(gb, (1.0 - b1) * scale, out=t)
-            m *= b1
-            m += t
-            np.multiply(gb, gb, out=t)
-            t *= (1.0 - b2) * scale * scale
-            v *= b2
-            v += t
-            np.sqrt(v, out=t)
-            t *= root
-            t += self.eps
-            np.divide(m, t, out=t)
-            t *= rate
-            if shrink != 1.0:
-                pb *= shrink
-            pb -= t
+        p, g, m, v = (a.reshape(-1) for a in (p, g, self.m[name], self.v[name]))
+        _core.adamw(p, g, m, v, scale, b1, b2, rate, root, shrink, self.eps)
 
 
 def global_norm(grads: Params) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn._varlen import attention_varlen, attention_varlen_backward
+from fusedattn import attention_varlen, attention_varlen_backward
 from fusedattn.nn._types import VJP2, Array, Params, Rng
 from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.self_attention import dropout_rules
 
 
 def init_cross_attention(
@@ -35,8 +36,11 @@ def cross_attention(
     cu_seqlens: Array,
     cu_seqlens_memory: Array,
     num_heads: int,
+    *,
+    p: float = 0.0,
+    rng: Rng | None = None,
 ) -> tuple[Array, VJP2]:
-    """softmax(Q Kᵀ / √D) V with queries from `x`, keys and values from `memory`.
+    """dropout(softmax(Q Kᵀ / √D)) V with queries from `x`, keys and values from `memory`.
 
     Sequence n of `x` sees the whole of sequence n of `memory`, and nothing else.
 
@@ -50,6 +54,9 @@ def cross_attention(
         Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of `x`, and likewise of `memory`.
     num_heads : int
         H, a divisor of width; D is width / H.
+    p, rng
+        Dropout's probability, of the attention probabilities, and its source; no dropout without
+        `rng`.
 
     Returns
     -------
@@ -58,24 +65,27 @@ def cross_attention(
         dy (T, width) -> (dparams, dx, dmemory).
     """
     tokens, width = x.shape
-    q2, q_vjp = linear(params["q"], x)
-    kv2, kv_vjp = linear(params["kv"], memory)
-    q = q2.reshape(tokens, num_heads, width // num_heads)
-    kv = kv2.reshape(len(memory), 2, num_heads, width // num_heads)
-    k, v = kv[:, 0], kv[:, 1]
-    o, lse = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_memory, return_lse=True)
+    shape = (len(memory), 2, num_heads, width // num_heads)
+    rules = dropout_rules(p, rng)
+    q_rows, q_vjp = linear(params["q"], x)
+    kv_rows, kv_vjp = linear(params["kv"], memory)
+    q = q_rows.reshape(tokens, num_heads, width // num_heads)
+    k, v = kv_rows.reshape(shape).swapaxes(0, 1)
+    o, lse = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_memory, return_lse=True, **rules)
     y, out_vjp = linear(params["out"], o.reshape(tokens, width))
 
     def vjp(dy: Array) -> tuple[Params, Array, Array]:
         dout, do = out_vjp(dy)
-        grads = attention_varlen_backward(
-            do.reshape(o.shape), q, k, v, o, lse, cu_seqlens, cu_seqlens_memory
+        dq, dkv = np.empty_like(q_rows), np.empty_like(kv_rows)
+        dk, dv = dkv.reshape(shape).swapaxes(0, 1)
+        into = (dq.reshape(q.shape), dk, dv)
+        do = do.reshape(o.shape)
+        attention_varlen_backward(
+            do, q, k, v, o, lse, cu_seqlens, cu_seqlens_memory, into=into, **rules
         )
-        dheads = np.empty(kv.shape, kv.dtype)
-        dheads[:, 0], dheads[:, 1] = grads.dk, grads.dv
-        dq, dx = q_vjp(np.asarray(grads.dq).reshape(tokens, width))
-        dkv, dmemory = kv_vjp(dheads.reshape(kv2.shape))
-        return {"q": dq, "kv": dkv, "out": dout}, dx, dmemory
+        dquery, dx = q_vjp(dq)
+        dmemory_params, dmemory = kv_vjp(dkv)
+        return {"q": dquery, "kv": dmemory_params, "out": dout}, dx, dmemory
 
     return y, vjp
 
@@ -83,5 +93,6 @@ def cross_attention(
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
     """Parameters and arguments of one small call, for the gradient check."""
     params = init_cross_attention(rng, 6, memory_width=4, std=0.5)
+    options = {"num_heads": 2, "p": 0.2 * int(rng.integers(2)), "rng": rng}
     x, memory = rng.standard_normal((5, 6)), rng.standard_normal((8, 4))
-    return params, (x, memory, np.array([0, 3, 3, 5]), np.array([0, 2, 4, 8])), {"num_heads": 2}
+    return params, (x, memory, np.array([0, 3, 3, 5]), np.array([0, 2, 4, 8])), options

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from fusedattn.nn._core_ops import draw_seed, drop, rows_of
 from fusedattn.nn._types import VJP, Array, Params, Rng
 
 
-def dropout(params: Params, x: Array, p: float, rng: Rng | None) -> tuple[Array, VJP]:
+def dropout(
+    params: Params, x: Array, p: float, rng: Rng | None, *, added: Array | None = None
+) -> tuple[Array, VJP]:
     """Zero each element with probability `p` and scale the rest by 1 / (1 - p).
+
+    Which elements are kept is a hash of a seed and of their place: nothing is stored for the
+    backward pass.
 
     Parameters
     ----------
@@ -16,33 +20,25 @@ def dropout(params: Params, x: Array, p: float, rng: Rng | None) -> tuple[Array,
         Empty: the layer has none.
     x : array (T, width)
     p : float
-        In [0, 1), rounded to a multiple of 2**-16.
+        In [0, 1), rounded to a multiple of 2**-32.
     rng : numpy.random.Generator or None
-        The source of the mask, drawn from; None, as when a model is only used, means no dropout.
+        A seed is drawn from it; None, as when a model is only used, means no dropout.
+    added : array (T, width), optional
+        Joins y in the same pass; its gradient is dy.
 
     Returns
     -------
     y : array (T, width)
-        `x` itself where there is nothing to drop.
+        `x` itself where there is nothing to drop or add.
     vjp : callable
         dy (T, width) -> ({}, dx).
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: expected a probability in [0, 1), got {p}")
-    kept = round((1.0 - p) * 65536)
-    if rng is None or kept == 65536:
-        return x, lambda dy: ({}, dy)
-    # Four draws of 16 bits from each 64 raw bits: a third of the time of rng.random.
-    raw = rng.bit_generator.random_raw(-(-x.size // 4)).view(np.uint16)
-    keep = (raw[: x.size] < kept).reshape(x.shape)
-
-    def drop(a: Array) -> Array:
-        y = keep.astype(a.dtype)
-        y *= a
-        y *= 65536.0 / kept
-        return y
-
-    return drop(x), lambda dy: ({}, drop(dy))
+    if rng is None or p == 0.0:
+        return x if added is None else x + added, lambda dy: ({}, dy)
+    seed = draw_seed(rng)
+    return drop(rows_of(x), added, p, seed), lambda dy: ({}, drop(rows_of(dy), None, p, seed))
 
 
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng
 from fusedattn.nn.dropout import dropout
 from fusedattn.nn.feed_forward import feed_forward, init_feed_forward
 from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
@@ -31,6 +34,7 @@ def encoder_block(
     activation: str = "gelu",
     eps: float = 1e-12,
     p: float = 0.0,
+    attention_p: float = 0.0,
     rng: Rng | None = None,
 ) -> tuple[Array, VJP]:
     """Self-attention and a feed-forward layer, each with dropout, a residual and a layer norm.
@@ -50,8 +54,9 @@ def encoder_block(
         Pre-norm instead of post-norm.
     activation, eps
         Of the feed-forward layer and of the layer norms.
-    p, rng
-        Dropout's probability and source; no dropout without `rng`.
+    p, attention_p, rng
+        Dropout's probability, of the two branches and of the attention probabilities, and its
+        source; no dropout without `rng`.
 
     Returns
     -------
@@ -59,49 +64,60 @@ def encoder_block(
     vjp : callable
         dy (T, width) -> (dparams, dx).
     """
-    attention, attention_norm = params["attention"], params["attention_norm"]
-    inner, inner_norm = params["feed_forward"], params["feed_forward_norm"]
 
-    # The sums are made in place: no layer below keeps the array that it returns.
+    def attention(x: Array, added: Array | None = None) -> tuple[Array, ResidualVJP]:
+        options: dict[str, Any] = {"added": added, "p": attention_p, "rng": rng}
+        return self_attention(params["attention"], x, cu_seqlens, num_heads, **options)
+
+    def inner(x: Array, added: Array | None = None) -> tuple[Array, ResidualVJP]:
+        return feed_forward(params["feed_forward"], x, activation, added=added)
+
+    def norm(name: str, x: Array) -> tuple[Array, VJP]:
+        return layer_norm(params[name], x, eps)
+
+    drop = None if rng is None or p == 0.0 else (p, rng)
     if norm_first:
-        n1, norm1_vjp = layer_norm(attention_norm, x, eps)
-        a, attention_vjp = self_attention(attention, n1, cu_seqlens, num_heads)
-        a, drop1_vjp = dropout({}, a, p, rng)
-        a += x
-        n2, norm2_vjp = layer_norm(inner_norm, a, eps)
-        f, inner_vjp = feed_forward(inner, n2, activation)
-        f, drop2_vjp = dropout({}, f, p, rng)
-        f += a
-        y = f
+        n1, norm1_vjp = norm("attention_norm", x)
+        a, attention_vjp = _join(attention, n1, x, drop)
+        n2, norm2_vjp = norm("feed_forward_norm", a)
+        y, inner_vjp = _join(inner, n2, a, drop)
     else:
-        a, attention_vjp = self_attention(attention, x, cu_seqlens, num_heads)
-        a, drop1_vjp = dropout({}, a, p, rng)
-        a += x
-        h, norm1_vjp = layer_norm(attention_norm, a, eps)
-        f, inner_vjp = feed_forward(inner, h, activation)
-        f, drop2_vjp = dropout({}, f, p, rng)
-        f += h
-        y, norm2_vjp = layer_norm(inner_norm, f, eps)
+        a, attention_vjp = _join(attention, x, x, drop)
+        h, norm1_vjp = norm("attention_norm", a)
+        f, inner_vjp = _join(inner, h, h, drop)
+        y, norm2_vjp = norm("feed_forward_norm", f)
 
     def pre_norm_vjp(dy: Array) -> tuple[Params, Array]:
-        dinner, dn2 = inner_vjp(drop2_vjp(dy)[1])
+        dinner, dn2 = inner_vjp(dy)
         dnorm2, da = norm2_vjp(dn2)
         da += dy
-        dattention, dn1 = attention_vjp(drop1_vjp(da)[1])
+        dattention, dn1 = attention_vjp(da)
         dnorm1, dx = norm1_vjp(dn1)
         dx += da
         return _gradients(dattention, dnorm1, dinner, dnorm2), dx
 
     def post_norm_vjp(dy: Array) -> tuple[Params, Array]:
         dnorm2, df = norm2_vjp(dy)
-        dinner, dh = inner_vjp(drop2_vjp(df)[1])
-        dh += df
+        dinner, dh = inner_vjp(df, df)
         dnorm1, da = norm1_vjp(dh)
-        dattention, dx = attention_vjp(drop1_vjp(da)[1])
-        dx += da
+        dattention, dx = attention_vjp(da, da)
         return _gradients(dattention, dnorm1, dinner, dnorm2), dx
 
     return y, pre_norm_vjp if norm_first else post_norm_vjp
+
+
+def _join(
+    layer: Callable[..., tuple[Array, ResidualVJP]],
+    x: Array,
+    around: Array,
+    drop: tuple[float, Rng] | None,
+) -> tuple[Array, ResidualVJP]:
+    """around + dropout(layer(x)), and the vjp of the second summand."""
+    if drop is None:
+        return layer(x, around)
+    y, vjp = layer(x)
+    y, drop_vjp = dropout({}, y, *drop, added=around)
+    return y, lambda dy, added=None: vjp(drop_vjp(dy)[1], added)
 
 
 def _gradients(attention: Params, norm1: Params, inner: Params, norm2: Params) -> Params:
@@ -116,5 +132,6 @@ def _gradients(attention: Params, norm1: Params, inner: Params, norm2: Params) -
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
     """Parameters and arguments of one small call, for the gradient check."""
     x = rng.standard_normal((5, 4))
-    options = {"num_heads": 2, "norm_first": bool(rng.integers(2)), "p": 0.2, "rng": rng}
+    options = {"num_heads": 2, "norm_first": bool(rng.integers(2)), "rng": rng}
+    options |= {"p": 0.2 * int(rng.integers(2)), "attention_p": 0.2}
     return init_encoder_block(rng, 4, 6, std=0.5), (x, np.array([0, 2, 5])), options

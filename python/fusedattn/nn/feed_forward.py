@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusedattn.nn._types import VJP, Array, Params, Rng
+import numpy as np
+
+from fusedattn.nn._core_ops import product, rows_of
+from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng
 from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
-from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.linear import init_linear, weight_gradients
 from fusedattn.nn.relu import relu
 
 # By the names of `hidden_act` in a Hugging Face config.json.
@@ -31,7 +34,9 @@ def init_feed_forward(rng: Rng, width: int, inner: int, std: float = 0.02) -> Pa
     return {"up": init_linear(rng, width, inner, std), "down": init_linear(rng, inner, width, std)}
 
 
-def feed_forward(params: Params, x: Array, activation: str = "gelu") -> tuple[Array, VJP]:
+def feed_forward(
+    params: Params, x: Array, activation: str = "gelu", *, added: Array | None = None
+) -> tuple[Array, ResidualVJP]:
     """down(activation(up(x))), row by row.
 
     Parameters
@@ -41,22 +46,27 @@ def feed_forward(params: Params, x: Array, activation: str = "gelu") -> tuple[Ar
     x : array (T, width)
     activation : str, default "gelu"
         A key of `ACTIVATIONS`.
+    added : array (T, width), optional
+        Joins y in the same pass; its gradient is dy.
 
     Returns
     -------
     y : array (T, width)
     vjp : callable
-        dy (T, width) -> (dparams, dx).
+        dy (T, width) -> (dparams, dx); a second argument joins dx.
     """
-    h, up_vjp = linear(params["up"], x)
-    a, activation_vjp = activation_of(activation)({}, h)
-    y, down_vjp = linear(params["down"], a)
+    up, down, x = params["up"], params["down"], rows_of(x)
+    name = activation_of(activation).__name__
+    slope = np.empty((len(x), len(up["bias"])), x.dtype)
+    a = product(x, up["weight"].T, bias=up["bias"], then=name, slope=slope)
+    y = product(a, down["weight"].T, bias=down["bias"], added=added)
 
-    def vjp(dy: Array) -> tuple[Params, Array]:
-        ddown, da = down_vjp(dy)
-        _, dh = activation_vjp(da)
-        dup, dx = up_vjp(dh)
-        return {"up": dup, "down": ddown}, dx
+    def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
+        dy = rows_of(dy)
+        ddown = weight_gradients(dy, a)
+        dh = product(dy, down["weight"], then="times", slope=slope)
+        dup = weight_gradients(dh, x)
+        return {"up": dup, "down": ddown}, product(dh, up["weight"], added=added)
 
     return y, vjp
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn.nn._rows import row_blocks
+from fusedattn import _core
+from fusedattn.nn._core_ops import rows_of
 from fusedattn.nn._types import VJP, Array, Params, Rng
 
 
@@ -36,33 +37,15 @@ def layer_norm(params: Params, x: Array, eps: float = 1e-12) -> tuple[Array, VJP
     vjp : callable
         dy (T, width) -> (dparams, dx).
     """
-    weight, bias = params["weight"], params["bias"]
-    width = x.shape[1]
-    average = np.full(width, 1.0 / width, x.dtype)
-    y, xhat = np.empty_like(x), np.empty_like(x)
-    rstd = np.empty((len(x), 1), x.dtype)
-    for rows in row_blocks(x):
-        h = np.subtract(x[rows], (x[rows] @ average)[:, None], out=xhat[rows])
-        variance = np.vecdot(h, h) / width
-        rstd[rows, 0] = 1.0 / np.sqrt(variance + eps)
-        h *= rstd[rows]
-        np.multiply(h, weight, out=y[rows])
-        y[rows] += bias
+    weight, x = params["weight"], rows_of(x)
+    y = np.empty(x.shape, x.dtype)
+    mean, rstd = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    _core.layer_norm(x, y, weight, params["bias"], mean, rstd, eps)
 
     def vjp(dy: Array) -> tuple[Params, Array]:
-        dweight, dbias = np.zeros_like(weight), np.zeros_like(bias)
-        dx = np.empty_like(dy)
-        for rows in row_blocks(dy):
-            h, g = xhat[rows], dx[rows]
-            ones = np.ones(len(h), dy.dtype)
-            dbias += ones @ dy[rows]
-            dweight += ones @ np.multiply(dy[rows], h, out=g)
-            # dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * weight
-            np.multiply(dy[rows], weight, out=g)
-            along = np.vecdot(g, h)[:, None] / width
-            g -= (g @ average)[:, None]
-            g -= h * along
-            g *= rstd[rows]
+        dx = np.empty(x.shape, x.dtype)
+        dweight, dbias = np.empty_like(weight), np.empty_like(weight)
+        _core.layer_norm_backward(x, rows_of(dy), dx, weight, mean, rstd, dweight, dbias)
         return {"weight": dweight, "bias": dbias}, dx
 
     return y, vjp

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._core_ops import product, rows_of
+from fusedattn.nn._types import Array, Params, ResidualVJP, Rng
 
 
 def init_linear(rng: Rng, inputs: int, outputs: int, std: float = 0.02) -> Params:
@@ -20,7 +21,7 @@ def init_linear(rng: Rng, inputs: int, outputs: int, std: float = 0.02) -> Param
     return {"weight": weight, "bias": np.zeros(outputs, np.float32)}
 
 
-def linear(params: Params, x: Array) -> tuple[Array, VJP]:
+def linear(params: Params, x: Array, *, added: Array | None = None) -> tuple[Array, ResidualVJP]:
     """Apply an affine map to every row.
 
     Parameters
@@ -28,23 +29,29 @@ def linear(params: Params, x: Array) -> tuple[Array, VJP]:
     params : dict
         As from `init_linear`.
     x : array (T, inputs)
+    added : array (T, outputs), optional
+        Joins y in the same pass; its gradient is dy.
 
     Returns
     -------
     y : array (T, outputs)
     vjp : callable
-        dy (T, outputs) -> (dparams, dx).
+        dy (T, outputs) -> (dparams, dx); a second argument joins dx.
     """
-    weight = params["weight"]
-    y = x @ weight.T
-    y += params["bias"]
+    weight, x = params["weight"], rows_of(x)
+    y = product(x, weight.T, bias=params["bias"], added=added)
 
-    def vjp(dy: Array) -> tuple[Params, Array]:
-        # ones @ dy sums the columns on the BLAS's threads, three times as fast as dy.sum(0).
-        dbias = np.ones(len(dy), dy.dtype) @ dy
-        return {"weight": dy.T @ x, "bias": dbias}, dy @ weight
+    def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
+        dy = rows_of(dy)
+        return weight_gradients(dy, x), product(dy, weight, added=added)
 
     return y, vjp
+
+
+def weight_gradients(dy: Array, x: Array) -> Params:
+    """The gradients of an affine map's ``weight`` and ``bias``."""
+    dbias = np.empty(dy.shape[1], dy.dtype)
+    return {"weight": product(dy.T, x, row_sums=dbias), "bias": dbias}
 
 
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:

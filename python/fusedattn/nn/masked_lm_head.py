@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusedattn.nn._core_ops import product, rows_of
 from fusedattn.nn._types import VJP2, Array, Params, Rng
 from fusedattn.nn.feed_forward import activation_of
 from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
-from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn.linear import init_linear, weight_gradients
 
 
 def init_masked_lm_head(rng: Rng, width: int, vocab_size: int, std: float = 0.02) -> Params:
@@ -51,21 +52,25 @@ def masked_lm_head(
     vjp : callable
         dlogits (M, vocab_size) -> (dparams, dx, dweight).
     """
-    act = activation_of(activation)
-    h, dense_vjp = linear(params["dense"], x if rows is None else x[rows])
-    a, act_vjp = act({}, h)
+    dense, chosen = params["dense"], rows_of(x if rows is None else x[rows])
+    weight = rows_of(weight)
+    slope = np.empty((len(chosen), len(dense["bias"])), x.dtype)
+    name = activation_of(activation).__name__
+    a = product(chosen, dense["weight"].T, bias=dense["bias"], then=name, slope=slope)
     n, norm_vjp = layer_norm(params["norm"], a, eps)
-    logits, product_vjp = linear({"weight": weight, "bias": params["bias"]}, n)
+    logits = product(n, weight.T, bias=params["bias"])
 
     def vjp(dlogits: Array) -> tuple[Params, Array, Array]:
-        dproduct, dn = product_vjp(dlogits)
-        dnorm, da = norm_vjp(dn)
-        ddense, dx = dense_vjp(act_vjp(da)[1])
+        dlogits = rows_of(dlogits)
+        tied = weight_gradients(dlogits, n)
+        dnorm, da = norm_vjp(product(dlogits, weight))
+        dh = da * slope
+        dx = product(dh, dense["weight"])
         if rows is not None:
             dchosen, dx = dx, np.zeros(x.shape, dx.dtype)
             dx[rows] = dchosen
-        dparams = {"dense": ddense, "norm": dnorm, "bias": dproduct["bias"]}
-        return dparams, dx, dproduct["weight"]
+        dparams = {"dense": weight_gradients(dh, chosen), "norm": dnorm, "bias": tied["bias"]}
+        return dparams, dx, tied["weight"]
 
     return logits, vjp
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from fusedattn.nn._core_ops import activate
 from fusedattn.nn._types import VJP, Array, Params, Rng
 
 
@@ -22,15 +21,8 @@ def relu(params: Params, x: Array) -> tuple[Array, VJP]:
     vjp : callable
         dy (T, width) -> ({}, dx).
     """
-    positive = x > 0
-    y = np.maximum(x, 0.0)
-
-    def vjp(dy: Array) -> tuple[Params, Array]:
-        dx = positive.astype(dy.dtype)  # a third faster than a product of mixed types
-        dx *= dy
-        return {}, dx
-
-    return y, vjp
+    y, slope = activate(x, "relu")
+    return y, lambda dy: ({}, dy * slope)
 
 
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:

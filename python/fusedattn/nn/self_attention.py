@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fusedattn._varlen import attention_varlen, attention_varlen_backward
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn import attention_varlen, attention_varlen_backward
+from fusedattn.nn._core_ops import draw_seed
+from fusedattn.nn._types import Array, Params, ResidualVJP, Rng
 from fusedattn.nn.linear import init_linear, linear
 
 
@@ -25,9 +28,17 @@ def init_self_attention(rng: Rng, width: int, std: float = 0.02) -> Params:
 
 
 def self_attention(
-    params: Params, x: Array, cu_seqlens: Array, num_heads: int, *, is_causal: bool = False
-) -> tuple[Array, VJP]:
-    """softmax(Q Kᵀ / √D) V inside each sequence and head, between two projections.
+    params: Params,
+    x: Array,
+    cu_seqlens: Array,
+    num_heads: int,
+    *,
+    is_causal: bool = False,
+    added: Array | None = None,
+    p: float = 0.0,
+    rng: Rng | None = None,
+) -> tuple[Array, ResidualVJP]:
+    """dropout(softmax(Q Kᵀ / √D)) V inside each sequence and head, between two projections.
 
     Parameters
     ----------
@@ -40,38 +51,50 @@ def self_attention(
         H, a divisor of width; D is width / H.
     is_causal : bool, default False
         Whether a row sees only itself and those before it, as in a decoder.
+    added : array (T, width), optional
+        Joins y in the same pass; its gradient is dy.
+    p, rng
+        Dropout's probability, of the attention probabilities, and its source; no dropout without
+        `rng`.
 
     Returns
     -------
     y : array (T, width)
     vjp : callable
-        dy (T, width) -> (dparams, dx).
+        dy (T, width) -> (dparams, dx); a second argument joins dx.
     """
     tokens, width = x.shape
+    shape = (tokens, 3, num_heads, width // num_heads)
+    rules = {"is_causal": is_causal, **dropout_rules(p, rng)}
     qkv, qkv_vjp = linear(params["qkv"], x)
-    # Three strided views (T, H, D); the kernel reads them in place.
-    heads = qkv.reshape(tokens, 3, num_heads, width // num_heads)
-    q, k, v = heads[:, 0], heads[:, 1], heads[:, 2]
-    around = (cu_seqlens, cu_seqlens)
-    o, lse = attention_varlen(q, k, v, *around, is_causal=is_causal, return_lse=True)
-    y, out_vjp = linear(params["out"], o.reshape(tokens, width))
+    # Three strided views (T, H, D); the kernel reads them in place, and writes their gradients so.
+    q, k, v = qkv.reshape(shape).swapaxes(0, 1)
+    o, lse = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, return_lse=True, **rules)
+    y, out_vjp = linear(params["out"], o.reshape(tokens, width), added=added)
 
-    def vjp(dy: Array) -> tuple[Params, Array]:
+    def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
         dout, do = out_vjp(dy)
-        grads = attention_varlen_backward(
-            do.reshape(o.shape), q, k, v, o, lse, *around, is_causal=is_causal
+        dqkv = np.empty_like(qkv)
+        into = tuple(dqkv.reshape(shape).swapaxes(0, 1))
+        attention_varlen_backward(
+            do.reshape(o.shape), q, k, v, o, lse, cu_seqlens, cu_seqlens, into=into, **rules
         )
-        dheads = np.empty(heads.shape, heads.dtype)
-        for i, dhead in enumerate((grads.dq, grads.dk, grads.dv)):
-            dheads[:, i] = dhead
-        dqkv, dx = qkv_vjp(dheads.reshape(tokens, 3 * width))
-        return {"qkv": dqkv, "out": dout}, dx
+        dprojection, dx = qkv_vjp(dqkv, added)
+        return {"qkv": dprojection, "out": dout}, dx
 
     return y, vjp
+
+
+def dropout_rules(p: float, rng: Rng | None) -> dict[str, Any]:
+    """The arguments that give attention this dropout, with a seed drawn for this call."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a probability in [0, 1), got {p}")
+    return {} if rng is None or p == 0.0 else {"dropout_p": p, "seed": draw_seed(rng)}
 
 
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
     """Parameters and arguments of one small call, for the gradient check."""
     params = init_self_attention(rng, 6, std=0.5)
-    options: dict[str, object] = {"num_heads": 2, "is_causal": bool(rng.integers(2))}
+    options = {"num_heads": 2, "p": 0.2 * int(rng.integers(2)), "rng": rng}
+    options["is_causal"] = bool(rng.integers(2))
     return params, (rng.standard_normal((7, 6)), np.array([0, 3, 3, 7])), options

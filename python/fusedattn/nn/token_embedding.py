@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusedattn.nn._core_ops import gather_sum, scatter_sum
 from fusedattn.nn._types import VJP, Array, Params, Rng
 from fusedattn.nn.dropout import dropout
-from fusedattn.nn.embedding import embedding, init_embedding
+from fusedattn.nn.embedding import init_embedding
 from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
 
 
@@ -57,24 +58,24 @@ def token_embedding(
     vjp : callable
         dy (T, width) -> (dparams, dx), dx an empty array: integers have no gradient.
     """
-    lengths = np.diff(cu_seqlens)
     places = np.arange(first_position, first_position + len(ids))
-    places -= np.repeat(cu_seqlens[:-1], lengths)
-    chosen = {"word": ids, "position": places}
+    places -= np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    chosen = {"word": np.ascontiguousarray(ids, np.int64), "position": places}
     if "type" in params:
-        chosen["type"] = np.zeros(len(ids), np.int64) if types is None else types
-
-    vjps = {}
-    total, vjps["word"] = embedding(params["word"], ids)
-    for name in list(chosen)[1:]:
-        x, vjps[name] = embedding(params[name], chosen[name])
-        total += x
-    y, norm_vjp = layer_norm(params["norm"], total, eps)
+        chosen["type"] = np.zeros(len(ids), np.int64)
+        if types is not None:
+            chosen["type"] += types
+    tables = {name: params[name]["weight"] for name in chosen}
+    x = gather_sum(list(tables.values()), list(chosen.values()))
+    y, norm_vjp = layer_norm(params["norm"], x, eps)
     y, drop_vjp = dropout({}, y, p, rng)
 
     def vjp(dy: Array) -> tuple[Params, Array]:
         dnorm, dx = norm_vjp(drop_vjp(dy)[1])
-        grads = {name: table_vjp(dx)[0] for name, table_vjp in vjps.items()}
+        grads: Params = {
+            name: {"weight": scatter_sum(dx, chosen[name], len(table))}
+            for name, table in tables.items()
+        }
         return grads | {"norm": dnorm}, np.empty((0,), dx.dtype)
 
     return y, vjp
