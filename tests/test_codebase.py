@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "metrics": {"nn"},
     "encoder": {"nn", "text"} | BELOW_NN,
     "train": {"encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
-    "bench": {"reference"} | BELOW_NN,
+    "bench": {"reference", "encoder", "losses", "optim", "text", "nn"} | BELOW_NN,
     "integrations": {"train", "encoder", "losses", "optim", "text", "nn", "reference", "_faces"}
     | BELOW_NN,
     "cli": {"bench", "train", "encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,

@@ -20,6 +20,7 @@ TAKES = {
     "neighbour": {"quick", "json"},
     "ratios": {"quick", "json", "threads", "isa", "case"},
     "lengths": {"quick", "json", "threads", "isa", "plot"},
+    "training": {"quick", "json", "isa", "case"},
 }
 
 
@@ -65,6 +66,9 @@ def add_parser(subparsers: Any) -> None:
         "--neighbour",
         action="store_true",
         help="attention in turns with np.matmul, and what the pair costs",
+    )
+    other.add_argument(
+        "--training", action="store_true", help="a training step of an encoder beside PyTorch's"
     )
     parser.set_defaults(func=run)
 
@@ -184,7 +188,20 @@ def lengths(options: argparse.Namespace) -> int:
     return 0
 
 
-MODES = {None: table, "ratios": ratios, "lengths": lengths, "neighbour": neighbour}
+def training(options: argparse.Namespace) -> int:
+    """A training step, ours beside PyTorch's."""
+    from fusedattn.bench import training
+
+    return training.main(options.json, quick=options.quick, patterns=options.case)
+
+
+MODES = {
+    None: table,
+    "ratios": ratios,
+    "lengths": lengths,
+    "neighbour": neighbour,
+    "training": training,
+}
 
 
 def measured(cases: list[Any], threads: int, *, quick: bool) -> Iterator[Any]:
