@@ -254,7 +254,7 @@ HEAD = (
 def main(
     json_path: Path | None = None, *, quick: bool = False, patterns: Sequence[str] = ()
 ) -> int:
-    """Print the table.
+    """Print the table and, where no case is asked for, that of the products.
 
     Parameters
     ----------
@@ -303,6 +303,10 @@ def main(
         )
     for line in missed:
         print(line)
+    if not patterns:
+        from fusedattn.bench import products
+
+        products.main(threads, quick=quick)
     if json_path:
         json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(bool(missed))
