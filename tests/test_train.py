@@ -149,7 +149,11 @@ def untimed(history):
 
 
 @pytest.mark.parametrize("batches", [0, 3, 6, 7, 12, 13, 25])
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "evaluate_every": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 2, "evaluate_every": 2}, {"freeze": ("encoder.embeddings",)}],
+    ids=str,
+)
 def test_resumed_training_has_the_same_bits(tmp_path, batches, options):
     """6 batches an epoch; a checkpoint after each step."""
     options = {

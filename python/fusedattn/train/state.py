@@ -120,8 +120,9 @@ class Run:
         self.optimizer.steps = self.state.step
         for name, p in self.params.items():
             p[...] = arrays[f"params.{name}"]
-            self.optimizer.m[name][...] = arrays[f"m.{name}"]
-            self.optimizer.v[name][...] = arrays[f"v.{name}"]
+        for group, moments in (("m", self.optimizer.m), ("v", self.optimizer.v)):
+            for name, moment in moments.items():  # frozen parameters have none
+                moment[...] = arrays[f"{group}.{name}"]
         if self.state.best_score is not None:
             self.best = {name: arrays[f"best.{name}"] for name in self.params}
         return True
