@@ -151,6 +151,36 @@ def test_errors(changed, error, message):
         )
 
 
+WRONG = {
+    "a mask and is_causal": {"attn_mask": np.ones((5, 7), bool), "is_causal": True},
+    "a probability above 1": {"dropout_p": 1.5},
+    "a mask of integers": {"attn_mask": np.ones((5, 7), np.int64)},
+    "a mask of another precision": {"attn_mask": np.ones((5, 7))},
+    "a mask that does not broadcast": {"attn_mask": np.ones((5, 6), bool)},
+    "another head dimension": {"key": np.zeros((2, 4, 7, 9), np.float32)},
+    "another precision": {"key": np.zeros((2, 4, 7, 8))},
+    "another length of values": {"value": np.zeros((2, 4, 6, 6), np.float32)},
+    "fewer heads": {"key": np.zeros((2, 2, 7, 8), np.float32)},
+    "heads that do not divide": {"key": np.zeros((2, 3, 7, 8), np.float32), "enable_gqa": True},
+    "one dimension": {"query": np.zeros(8, np.float32)},
+    "no array": {"query": "query"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_pytorch_refuses_is_refused(name):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    arguments = dict(zip(("query", "key", "value"), arrays(), strict=True)) | WRONG[name]
+    tensors = {n: torch.tensor(x) if isinstance(x, np.ndarray) else x for n, x in arguments.items()}
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        pytest.raises((RuntimeError, ValueError, TypeError)),
+    ):
+        torch.nn.functional.scaled_dot_product_attention(**tensors)
+    with pytest.raises((TypeError, ValueError)):
+        fusedattn.scaled_dot_product_attention(**arguments)
+
+
 def test_dropout():
     query, key, value = arrays()
     expected = fusedattn.attention(query, key, value, dropout_p=0.4, seed=8)
