@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def answers():
         input=pickle.dumps(list(cases().values())),
         capture_output=True,
         check=True,
+        cwd=Path(__file__).resolve().parents[1],
     )
     return dict(zip(cases(), pickle.loads(process.stdout), strict=True))
 
