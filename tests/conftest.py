@@ -1,12 +1,16 @@
 """Profiles for hypothesis, and the fixture that runs a test once for each instruction set."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
 
 import fusedattn
 from fusedattn import _core
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and all processes below it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The default is small and always the same, so that a failure is one for everybody;
 # FUSEDATTN_HYPOTHESIS=thorough searches on. One test, one instruction set: `isa` may be a fixture.
