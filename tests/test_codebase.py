@@ -108,8 +108,12 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")
 def test_only_numpy_is_imported_at_module_level(path):
-    """Other packages are imported by the function that uses them, integrations included."""
+    """Other packages are imported by the function that uses them.
+
+    integrations.X alone may import X, whose classes it derives from: to import it is to use it.
+    """
     known = set(sys.stdlib_module_names) | {"numpy", "fusedattn"}
+    known |= set(dotted(path).split(".")[1:]) if dotted(path).startswith("integrations.") else set()
     foreign = {name for top, name in imports(path) if top and name.partition(".")[0] not in known}
     assert not foreign
 

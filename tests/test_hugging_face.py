@@ -9,10 +9,10 @@ import pytest
 
 from fusedattn.encoder import Encoder, EncoderConfig, MaskedLM, TextClassifier
 from fusedattn.nn import flatten
-from fusedattn.text import pack
+from fusedattn.text import Dataset, pack, train_tokenizer
+from fusedattn.train import Trainer, TrainingConfig
 
 pytest.importorskip("safetensors", reason="folders need safetensors")
-pytest.importorskip("tokenizers", reason="text needs tokenizers")
 torch = pytest.importorskip("torch", reason="compares with PyTorch")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -140,3 +140,40 @@ def test_transformers_reads_what_is_written(family, head, tmp_path):
     np.testing.assert_allclose(our_answer(ours, sentences()), expected, rtol=0, atol=1e-4)
     back = type(ours).from_pretrained(tmp_path)
     np.testing.assert_equal(flatten(back.params), flatten(ours.params))
+
+
+def test_the_tokenizer_of_transformers_agrees(tmp_path):
+    pytest.importorskip("tokenizers", reason="text needs tokenizers")
+    tokenizer = train_tokenizer(["some words to learn"] * 5, VOCABULARY, max_length=9)
+    config = EncoderConfig.from_dict({**SHAPE, "vocab_size": tokenizer.get_vocab_size()})
+    Encoder(config, tokenizer=tokenizer).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.model_max_length, theirs.mask_token) == (9, "[MASK]")
+    texts = ["Some words, to learn", "", "words " * 20]
+    assert theirs(texts, truncation=True)["input_ids"] == [tokenizer.encode(t).ids for t in texts]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_classifier_trained_here_classifies_the_same_there(norm_first, tmp_path):
+    """From a str to logits, tokenizer included, after training."""
+    texts = ["some good words", "bad words to learn", "good", "so bad, so very bad"] * 4
+    labels = ["good" if "good" in text else "bad" for text in texts]
+    tokenizer = train_tokenizer(texts, VOCABULARY, max_length=9)
+    shape = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "norm_first": norm_first}
+    encoder = Encoder(EncoderConfig(**shape), tokenizer=tokenizer)
+    model = TextClassifier(encoder, ["bad", "good"], pooling="cls")
+    data = Dataset.from_texts(tokenizer, texts, labels, model.names)
+    Trainer(model, TrainingConfig(epochs=5), show_progress_bar=False).fit(data)
+    assert model.predict(texts) == labels
+    model.save_pretrained(tmp_path)
+
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    inputs = transformers.AutoTokenizer.from_pretrained(tmp_path)(
+        texts, truncation=True, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = theirs(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    np.testing.assert_allclose(
+        our_answer(model, data.sequences), expected.numpy(), rtol=0, atol=1e-4
+    )

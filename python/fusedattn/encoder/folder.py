@@ -84,7 +84,8 @@ def from_disk(
                 continue
             unused = config.unused_positions if name == _POSITIONS else 0
             shape = (part.shape[0] + unused, *part.shape[1:])
-            if array.shape != shape or array.dtype.kind != "f":
+            real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+            if array.shape != shape or not real:
                 raise ValueError(
                     f"path: {path} has {on_disk} of shape {array.shape} and {array.dtype}, "
                     f"its config.json implies {shape} and floats"
