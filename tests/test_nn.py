@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import math
 import pkgutil
 
@@ -171,6 +172,20 @@ def test_self_attention_stays_inside_its_sequence():
     changed, _ = nn.self_attention(params, x, np.array([0, 3, 7]), 2)
     np.testing.assert_array_equal(y[:3], changed[:3])
     assert np.abs(y[3:] - changed[3:]).min() > 0
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(norm_first):
+    rng = np.random.default_rng(0)
+    params = nn.init_encoder_block(rng, 48, 80, std=0.3)
+    lengths = [5, 130, 1, 300, 17]
+    cu_seqlens = np.cumsum([0, *lengths])
+    x = rng.standard_normal((cu_seqlens[-1], 48), dtype=np.float32)
+    together, _ = nn.encoder_block(params, x, cu_seqlens, 4, norm_first=norm_first)
+    for begin, end in itertools.pairwise(cu_seqlens):
+        own = np.array([0, end - begin])
+        alone, _ = nn.encoder_block(params, x[begin:end], own, 4, norm_first=norm_first)
+        np.testing.assert_array_equal(alone, together[begin:end])
 
 
 def test_self_attention_against_the_oracle():
