@@ -1,9 +1,13 @@
 // The kernels of every instruction set that this CPU (or the emulator) runs, against plain loops in
 // double precision, without Python: for cross builds, sanitizers and clang-tidy. The Python tests
 // cover far more; this one travels.
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -99,18 +103,39 @@ Tensor tensor(std::vector<T>& data, const Shape& s, index_t heads, index_t rows,
   return t;
 }
 
+// bfloat16: the upper half of a float32.
+struct BFloat {
+  std::uint16_t bits = 0;
+  BFloat() = default;
+  explicit BFloat(double x) {  // to nearest even; no NaN comes here
+    const auto w = std::bit_cast<std::uint32_t>(float(x));
+    bits = std::uint16_t((w + 0x7fff + ((w >> 16) & 1)) >> 16);
+  }
+  explicit operator double() const {
+    return double(std::bit_cast<float>(std::uint32_t(bits) << 16));
+  }
+};
+template <class T> using Compute = std::conditional_t<std::is_same_v<T, BFloat>, float, T>;
+
 template <class T> std::vector<T> narrowed(const std::vector<double>& x) {
-  return {x.begin(), x.end()};
+  std::vector<T> y;
+  for (const double e : x) y.push_back(T(e));
+  return y;
+}
+template <class T> std::vector<double> widened(const std::vector<T>& x) {
+  std::vector<double> y;
+  for (const T& e : x) y.push_back(double(e));
+  return y;
 }
 
 template <class T> Answer computed(const Shape& s, const Inputs& in, int threads) {
   auto q = narrowed<T>(in.q), k = narrowed<T>(in.k), v = narrowed<T>(in.v),
        dout = narrowed<T>(in.dout), bias = narrowed<T>(in.bias);
   std::vector<char> mask = in.mask;
-  std::vector<T> out(dout.size()), lse(std::size_t(s.batch * s.heads * s.sq)), dq(q.size()),
-      dk(k.size()), dv(v.size());
+  std::vector<T> out(dout.size()), dq(q.size()), dk(k.size()), dv(v.size());
+  std::vector<Compute<T>> lse(std::size_t(s.batch * s.heads * s.sq));
   Call c;
-  c.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
+  c.dtype = sizeof(T) == 2 ? DType::bfloat16 : sizeof(T) == 4 ? DType::float32 : DType::float64;
   c.batch = s.batch;
   c.heads = s.heads;
   c.kv_heads = s.kv_heads;
@@ -142,8 +167,7 @@ template <class T> Answer computed(const Shape& s, const Inputs& in, int threads
   c.threads = threads;
   Loop forward{}, backward{};
   if (!attention_forward(c, forward) || !attention_backward(c, backward)) return {};
-  const auto wide = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
-  return {wide(out), wide(lse), wide(dq), wide(dk), wide(dv)};
+  return {widened(out), widened(lse), widened(dq), widened(dk), widened(dv)};
 }
 
 // Largest difference in units of eps times the largest expected value; infinite for a NaN or a
@@ -177,14 +201,17 @@ void check(const std::string& isa, const char* dtype, const Shape& s, const char
 }
 
 template <class T>
-void test(const std::string& isa, const Shape& s, const Inputs& in, const Answer& want, double eps,
+void test(const std::string& isa, const Shape& s, const Inputs& in, const Answer& want,
           const char* dtype) {
+  const bool narrow = sizeof(T) == 2;
+  const double sums = std::numeric_limits<Compute<T>>::epsilon(), eps = narrow ? 0x1p-8 : sums;
+  const double forward = narrow ? 1 : 20, backward = narrow ? 4 : 40;
   const Answer got = computed<T>(s, in, 1), again = computed<T>(s, in, 3);
-  check(isa, dtype, s, "out", error(got.out, want.out, eps), 20);
-  check(isa, dtype, s, "lse", error(got.lse, want.lse, eps), 20);
-  check(isa, dtype, s, "dq", error(got.dq, want.dq, eps), 40);
-  check(isa, dtype, s, "dk", error(got.dk, want.dk, eps), 40);
-  check(isa, dtype, s, "dv", error(got.dv, want.dv, eps), 40);
+  check(isa, dtype, s, "out", error(got.out, want.out, eps), forward);
+  check(isa, dtype, s, "lse", error(got.lse, want.lse, sums), 20);
+  check(isa, dtype, s, "dq", error(got.dq, want.dq, eps), backward);
+  check(isa, dtype, s, "dk", error(got.dk, want.dk, eps), backward);
+  check(isa, dtype, s, "dv", error(got.dv, want.dv, eps), backward);
   const bool same = got.out == again.out && got.lse == again.lse && got.dq == again.dq &&
                     got.dk == again.dk && got.dv == again.dv;
   check(isa, dtype, s, "same bits with three threads", same ? 0 : INFINITY, 0);
@@ -232,10 +259,15 @@ int main() {
   for (const Shape& s : shapes) {
     const Inputs in = draw(s, seed++);
     const Answer want = expected(s, in);
+    Inputs low = in;  // what bfloat16 can hold
+    for (auto* x : {&low.q, &low.k, &low.v, &low.dout, &low.bias})
+      *x = widened(narrowed<BFloat>(*x));
+    const Answer low_want = expected(s, low);
     for (const std::string& isa : supported_isas()) {
       set_isa(isa);
-      test<float>(isa, s, in, want, 1.1920929e-7, "float32");
-      test<double>(isa, s, in, want, 2.220446049250313e-16, "float64");
+      test<float>(isa, s, in, want, "float32");
+      test<double>(isa, s, in, want, "float64");
+      test<BFloat>(isa, s, low, low_want, "bfloat16");
     }
   }
   std::string names;
