@@ -175,7 +175,7 @@ def test_logits_of_minus_infinity_from_allowed_keys(isa):
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("name", [name for name in MASKING if name != "bias"])
 def test_junk_at_a_masked_pair_of_the_bias(isa, name, junk):
-    for sk in lengths(name, np.float32, JUNK.index(junk)):
+    for sk in lengths(isa, name, np.float32, JUNK.index(junk)):
         rules = rules_of(name, sk)
         bias = rules.pop("bias", np.random.default_rng(sk).standard_normal((SQ, sk)))
         clean = problem(sk, **rules)
