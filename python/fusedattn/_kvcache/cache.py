@@ -319,14 +319,14 @@ class KVCache:
             of a contiguous cache, but pages are gathered into memory of their own.
         v : array, the same with Dv
         """
-        longest, size = int(self._lengths.max(initial=0)), self._page_size
-        count = -(-longest // size)
-        table = np.where(self._used(self._lengths), self._table, 0)[:, :count]  # page 0 for none
+        longest = int(self._lengths.max(initial=0))
 
         def tokens(x: Array) -> Array:
             x = self._tokens_first(x)
             if self._paged:
-                x = x[table].reshape(len(table), count * size, *x.shape[2:])
+                count = -(-longest // self._page_size)
+                table = np.where(self._used(self._lengths), self._table, 0)[:, :count]  # 0 for none
+                x = x[table].reshape(len(table), count * self._page_size, *x.shape[2:])
             return self._tokens_first(x[:, :longest])
 
         return tokens(self.k), tokens(self.v)
