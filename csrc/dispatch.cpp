@@ -4,9 +4,15 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fusedattn {
 
-extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512bf16, table_neon;
+extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512bf16, table_amx,
+    table_neon;
 
 namespace {
 
@@ -22,6 +28,18 @@ bool runs_avx512() {
 bool runs_avx512bf16() {
   return __builtin_cpu_supports("avx512bf16");
 }
+// Linux lets a process use the tiles once it has asked to.
+bool runs_amx() {
+#if defined(__linux__)
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool allowed = __builtin_cpu_supports("amx-tile") &&
+                              __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Isa {
@@ -36,6 +54,7 @@ const Isa isas[] = {
     {&table_avx2, [] { return runs_avx2(); }},
     {&table_avx512, [] { return runs_avx2() && runs_avx512(); }},
     {&table_avx512bf16, [] { return runs_avx2() && runs_avx512() && runs_avx512bf16(); }},
+    {&table_amx, [] { return runs_avx2() && runs_avx512() && runs_amx(); }},
 #elif defined(__aarch64__)
     {&table_neon, [] { return true; }},
 #endif

@@ -186,7 +186,7 @@ def public(node):
     return [n for n in node.body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
-X86 = dict.fromkeys(("x86_64", "AMD64"), ("baseline", "avx2", "avx512", "avx512bf16"))
+X86 = dict.fromkeys(("x86_64", "AMD64"), ("baseline", "avx2", "avx512", "avx512bf16", "amx"))
 ARM = {"aarch64": ("baseline", "neon"), "arm64": ("baseline", "neon")}
 
 

@@ -32,6 +32,9 @@ namespace {
 #include "kernel/limits.inl"
 #include "kernel/elementwise.inl"
 #include "kernel/product.inl"
+#if defined(FUSEDATTN_AMX)
+#include "kernel/amx.inl"
+#endif
 // clang-format on
 
 template <class E>
@@ -60,7 +63,15 @@ constexpr LayerKernels layer_kernels_of{
 }  // namespace
 
 // Initialised at compile time: loading the library must not run code of this instruction set.
-#if defined(FUSEDATTN_BASE)
+#if defined(FUSEDATTN_AMX)
+extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
+constinit const KernelTable FUSEDATTN_TABLE{
+    FUSEDATTN_ISA_NAME,
+    &FUSEDATTN_BASE,
+    {&kernels<float>, nullptr, &kernels<Half>, &kernels<BFloat>},
+    read_stream,
+    {nullptr, nullptr}};
+#elif defined(FUSEDATTN_BASE)
 extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME,
                                             &FUSEDATTN_BASE,

@@ -1,0 +1,318 @@
+// Products on tiles (AMX): 16 x 32 by 32 x 16 bfloat16 numbers into 16 x 16 sums in float32, at
+// sixteen times the rate of float32 multiply-adds.
+//
+// A float32 number is the sum of three bfloat16 pieces, exactly: 24 bits in three times eight. Of
+// the nine products of pieces the six that matter are summed up (Henry, Tang and Heinecke,
+// arXiv:1904.06376); what is left out is below 2^-24 of a product, less than a float32
+// multiply-add rounds away. float16 needs two pieces, bfloat16 one. So float32 at full accuracy
+// costs 6/16 of its multiply-adds, and the sums have fewer roundings: an instruction makes a sum of
+// 32 products first.
+//
+// Operands in scratch, `pieces` matrices each, padded with zeros:
+//   rows   A of A B: 16-bit elements, 16 rows by 32 elements (64 bytes) to a tile
+//   words  B of A B: words of two elements that are neighbours along the sum, 16 rows of words (32
+//          elements of the sum) by 16 columns to a tile
+// Numbers that are not finite (and those that round to infinity) cannot be cut: they are replaced
+// by 0, and whoever cuts is told, to put things right by hand. Numbers below 2^-100 lose their last
+// pieces, as the instruction takes subnormal numbers for 0.
+//
+// An element of a product is the same sum in the same order wherever it lies in a tile: its bits
+// depend on where its terms lie along the sum, modulo 32, and on nothing else.
+
+template <class E> inline constexpr int PIECES = 3;
+template <> inline constexpr int PIECES<Half> = 2;
+template <> inline constexpr int PIECES<BFloat> = 1;
+
+inline constexpr index_t TILE = 16;   // rows of a tile; its columns are TILE words
+inline constexpr index_t DEPTH = 32;  // elements along the sum
+
+FA_INLINE index_t up_to(index_t n, index_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Eight tiles of 16 rows of 64 bytes while this lives.
+struct Tiles {
+  FA_INLINE_MEMBER Tiles() {
+    alignas(64) struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  FA_INLINE_MEMBER ~Tiles() { asm volatile("tilerelease"); }
+};
+
+// An operand: bytes from row to row and from piece to piece.
+struct Operand {
+  char* data;
+  index_t row, piece;
+};
+// As rows: `rows` by `depth`; as words: `depth` by `columns`. Both rounded up to whole tiles.
+FA_INLINE index_t rows_bytes(index_t rows, index_t depth) {
+  return up_to(rows, TILE) * up_to(depth, DEPTH) * 2;
+}
+FA_INLINE index_t words_bytes(index_t depth, index_t columns) {
+  return rows_bytes(columns, depth);
+}
+FA_INLINE Operand rows_operand(char*& scratch, int pieces, index_t rows, index_t depth) {
+  const index_t piece = rows_bytes(rows, depth);
+  return {carve<char>(scratch, pieces * piece), up_to(depth, DEPTH) * 2, piece};
+}
+FA_INLINE Operand words_operand(char*& scratch, int pieces, index_t depth, index_t columns) {
+  const index_t piece = words_bytes(depth, columns);
+  return {carve<char>(scratch, pieces * piece), up_to(columns, TILE) * 4, piece};
+}
+
+// ---- products ----
+
+// Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 words.
+template <int MI> FA_INLINE void load_rows_tiles(const char* a, index_t row) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(a), "r"(row) : "memory");
+  if (MI == 2)
+    asm volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(a + TILE * row), "r"(row) : "memory");
+}
+template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
+  if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
+}
+template <int MI, int NJ> FA_INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
+  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+  if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+  if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+}
+template <int MI, int NJ> FA_INLINE void clear_tiles() {
+  asm volatile("tilezero %tmm0");
+  if (NJ == 2) asm volatile("tilezero %tmm1");
+  if (MI == 2) asm volatile("tilezero %tmm2");
+  if (MI == 2 && NJ == 2) asm volatile("tilezero %tmm3");
+}
+template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
+  char* p = reinterpret_cast<char*>(c);
+  asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(p), "r"(row) : "memory");
+  if (NJ == 2) asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(p + 64), "r"(row) : "memory");
+  p += TILE * row;
+  if (MI == 2) asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(p), "r"(row) : "memory");
+  if (MI == 2 && NJ == 2)
+    asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(p + 64), "r"(row) : "memory");
+}
+
+// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first.
+template <int PA, int PB, int MI, int NJ>
+FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
+                            index_t c_row) {
+  clear_tiles<MI, NJ>();
+  const char *ap = a.data, *bp = b.data;
+  for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row) {
+    const auto rows = [&](int piece) __attribute__((always_inline)) {
+      load_rows_tiles<MI>(ap + piece * a.piece, a.row);
+    };
+    const auto words = [&](int piece) __attribute__((always_inline)) {
+      load_words_tiles<NJ>(bp + piece * b.piece, b.row);
+    };
+    if constexpr (PA == 3 && PB > 1) {
+      rows(2), words(0), multiply_tiles<MI, NJ>();
+      rows(1), multiply_tiles<MI, NJ>();
+    } else if constexpr (PA == 2 && PB > 1) {
+      rows(1), words(0), multiply_tiles<MI, NJ>();
+    }
+    if constexpr (PA > 1 && PB > 1) {
+      words(1), multiply_tiles<MI, NJ>();
+      rows(0), multiply_tiles<MI, NJ>();
+      if constexpr (PB == 3) words(2), multiply_tiles<MI, NJ>();
+      words(0), multiply_tiles<MI, NJ>();
+    } else {
+      rows(0), words(0), multiply_tiles<MI, NJ>();
+    }
+  }
+  store_tiles<MI, NJ>(c, c_row);
+}
+
+// c (m x n, rounded up to whole tiles) = a b.
+template <int PA, int PB>
+FA_NOINLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
+                                   const Operand& b, float* c, index_t c_row) {
+  const index_t steps = (depth + DEPTH - 1) / DEPTH;
+  for (index_t i = 0; i < m; i += 2 * TILE)
+    for (index_t j = 0; j < n; j += 2 * TILE) {
+      const Operand at{a.data + i * a.row, a.row, a.piece}, bt{b.data + 4 * j, b.row, b.piece};
+      float* ct = reinterpret_cast<float*>(reinterpret_cast<char*>(c + j) + i * c_row);
+      const bool two = m - i > TILE, wide = n - j > TILE;
+      if (two && wide) tile_product<PA, PB, 2, 2>(at, bt, steps, ct, c_row);
+      if (two && !wide) tile_product<PA, PB, 2, 1>(at, bt, steps, ct, c_row);
+      if (!two && wide) tile_product<PA, PB, 1, 2>(at, bt, steps, ct, c_row);
+      if (!two && !wide) tile_product<PA, PB, 1, 1>(at, bt, steps, ct, c_row);
+    }
+}
+
+// ---- cutting ----
+
+// Pieces of 16 numbers: float32 numbers whose lower 16 bits are 0.
+template <int P> struct Cut {
+  Vec<float> piece[P];
+};
+FA_INLINE Vec<float> upper(Vec<float> x) {
+  return (Vec<float>)((Words)x & 0xffff0000);
+}
+// Truncated: for what was computed and may be NaN, which stays NaN.
+template <int P> FA_INLINE Cut<P> cut(Vec<float> x) {
+  Cut<P> c;
+  FA_UNROLL
+  for (int i = 0; i < P; i++) {
+    c.piece[i] = upper(x);
+    x -= c.piece[i];
+  }
+  return c;
+}
+// The first piece rounded, so that the signs of the others are random: for operands. `odd` gathers
+// lanes that cannot be cut.
+template <class E> FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, IntVec<float>& odd) {
+  const IntVec<float> bad = ((IntVec<float>)x & 0x7fffffff) >= 0x7f7f8000;
+  odd |= bad;
+  x = bad ? Vec<float>{} : x;
+  if constexpr (PIECES<E> == 3) {
+    const Vec<float> first = upper((Vec<float>)((Words)x + 0x8000));
+    const Cut<2> rest = cut<2>(x - first);
+    return {first, rest.piece[0], rest.piece[1]};
+  } else {
+    return cut<PIECES<E>>(x);
+  }
+}
+FA_INLINE bool any_lane(IntVec<float> odd) {
+  return _mm512_test_epi32_mask((__m512i)odd, (__m512i)odd) != 0;
+}
+
+// Words (low[i], high[i]) of two pieces.
+FA_INLINE Vec<float> pair_words(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)((Words)high | ((Words)low >> 16));
+}
+// 32 elements in a row: those of `first`, then those of `second`.
+template <int... I> FA_INLINE Vec<float> join(Vec<float> first, Vec<float> second, Seq<I...>) {
+  typedef uint16_t Elements __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
+  return (Vec<float>)__builtin_shufflevector((Elements)first, (Elements)second, (2 * I + 1)...);
+}
+FA_INLINE Vec<float> join_elements(Vec<float> first, Vec<float> second) {
+  return join(first, second, typename MakeSeq<32>::type{});
+}
+
+// 16 numbers of a row from column c; 0 beyond the row.
+template <class E>
+FA_INLINE Vec<float> numbers_at(const char* row, index_t col, index_t c, index_t cols,
+                                bool native) {
+  if (native && c + W<float> <= cols) return load_as<E>(row + c * col);
+  if (c >= cols) return Vec<float>{};
+  return gather_as<E>(row + c * col, col, int(min_index(W<float>, cols - c)));
+}
+
+// dst as rows = src[r0 + r][0:cols] for r < rows. True if something could not be cut.
+template <class E>
+FA_NOINLINE bool cut_rows(const Matrix& src, index_t r0, index_t rows, index_t cols,
+                          const Operand& dst) {
+  const bool native = is_native<E>(src);
+  IntVec<float> odd{};
+  for (index_t r = 0; r < up_to(rows, TILE); r++)
+    for (index_t c = 0; c < cols; c += DEPTH) {
+      const char* p = src.data + (r0 + r) * src.row;
+      const bool in = r < rows;
+      const auto a =
+          cut_operand<E>(in ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
+      const auto b = cut_operand<E>(
+          in ? numbers_at<E>(p, src.col, c + W<float>, cols, native) : Vec<float>{}, odd);
+      FA_UNROLL
+      for (int i = 0; i < PIECES<E>; i++)
+        store(reinterpret_cast<float*>(dst.data + i * dst.piece + r * dst.row + 2 * c),
+              join_elements(a.piece[i], b.piece[i]));
+    }
+  return any_lane(odd);
+}
+
+// dst as words of two columns = src[r0 + r][0:cols], the rows of src in the columns: (cols / 2) x
+// rows.
+template <class E>
+FA_NOINLINE bool cut_columns(const Matrix& src, index_t r0, index_t rows, index_t cols,
+                             const Operand& dst) {
+  const bool native = is_native<E>(src);
+  IntVec<float> odd{};
+  for (index_t r = 0; r < rows; r += TILE)
+    for (index_t c = 0; c < cols; c += DEPTH) {
+      Vec<float> t[PIECES<E>][TILE];
+      for (index_t i = 0; i < TILE; i++) {
+        const char* p = src.data + (r0 + r + i) * src.row;
+        const bool in = r + i < rows;
+        const auto a =
+            cut_operand<E>(in ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
+        const auto b = cut_operand<E>(
+            in ? numbers_at<E>(p, src.col, c + W<float>, cols, native) : Vec<float>{}, odd);
+        for (int n = 0; n < PIECES<E>; n++) t[n][i] = join_elements(a.piece[n], b.piece[n]);
+      }
+      for (int n = 0; n < PIECES<E>; n++) {
+        Vec<float> x[TILE];
+        FA_UNROLL
+        for (int i = 0; i < TILE; i++) x[i] = t[n][i];
+        transpose_registers<float>(x);
+        char* at = dst.data + n * dst.piece + c / 2 * dst.row + 4 * r;
+        FA_UNROLL
+        for (int i = 0; i < TILE; i++) store(reinterpret_cast<float*>(at + i * dst.row), x[i]);
+      }
+    }
+  return any_lane(odd);
+}
+
+// Words of rows r and r + 1 of src, 16 columns from c; 0 beyond.
+template <class E>
+FA_INLINE Cut<PIECES<E>> cut_row_pair(const Matrix& src, index_t r0, index_t r, index_t rows,
+                                      index_t c, index_t cols, bool native, IntVec<float>& odd) {
+  const char* p = src.data + (r0 + r) * src.row;
+  const auto low =
+      cut_operand<E>(r < rows ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
+  const auto high = cut_operand<E>(
+      r + 1 < rows ? numbers_at<E>(p + src.row, src.col, c, cols, native) : Vec<float>{}, odd);
+  Cut<PIECES<E>> words;
+  FA_UNROLL
+  for (int n = 0; n < PIECES<E>; n++) words.piece[n] = pair_words(low.piece[n], high.piece[n]);
+  return words;
+}
+
+// dst as words of two rows = src[r0 + r][0:cols]: (rows / 2) x cols.
+template <class E>
+FA_NOINLINE bool cut_row_pairs(const Matrix& src, index_t r0, index_t rows, index_t cols,
+                               const Operand& dst) {
+  const bool native = is_native<E>(src);
+  IntVec<float> odd{};
+  for (index_t r = 0; r < up_to(rows, DEPTH); r += 2)
+    for (index_t c = 0; c < cols; c += TILE) {
+      const auto words = cut_row_pair<E>(src, r0, r, rows, c, cols, native, odd);
+      FA_UNROLL
+      for (int n = 0; n < PIECES<E>; n++)
+        store(reinterpret_cast<float*>(dst.data + n * dst.piece + r / 2 * dst.row + 4 * c),
+              words.piece[n]);
+    }
+  return any_lane(odd);
+}
+
+// dst as rows = the transpose of src[r0 + r][0:cols]: cols x rows.
+template <class E>
+FA_NOINLINE bool cut_transposed(const Matrix& src, index_t r0, index_t rows, index_t cols,
+                                const Operand& dst) {
+  const bool native = is_native<E>(src);
+  IntVec<float> odd{};
+  for (index_t c = 0; c < cols; c += TILE)
+    for (index_t r = 0; r < rows; r += DEPTH) {
+      Vec<float> t[PIECES<E>][TILE];
+      for (index_t i = 0; i < TILE; i++) {
+        const auto words = cut_row_pair<E>(src, r0, r + 2 * i, rows, c, cols, native, odd);
+        for (int n = 0; n < PIECES<E>; n++) t[n][i] = words.piece[n];
+      }
+      for (int n = 0; n < PIECES<E>; n++) {
+        Vec<float> x[TILE];
+        FA_UNROLL
+        for (int i = 0; i < TILE; i++) x[i] = t[n][i];
+        transpose_registers<float>(x);
+        char* at = dst.data + n * dst.piece + c * dst.row + 2 * r;
+        FA_UNROLL
+        for (int i = 0; i < TILE; i++) store(reinterpret_cast<float*>(at + i * dst.row), x[i]);
+      }
+    }
+  return any_lane(odd);
+}
