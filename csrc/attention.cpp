@@ -203,7 +203,7 @@ bool attention_forward(const Call& c, Loop& loop) {
   index_t sub_blocks = 0;
   for (std::size_t b = 0; b < std::size_t(c.batch); b++)
     sub_blocks += c.heads * ceil_div(c.sq[b], kernels.query_block);
-  index_t wide = 4;
+  index_t wide = kernels.sub_blocks;
   while (wide > 1 && threads > 1 && sub_blocks / wide < 8 * threads) wide /= 2;
   const index_t step = wide * kernels.query_block;
 

@@ -76,12 +76,27 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-template <int MI, int NJ> FA_INLINE void multiply_tiles() {
+// The unit for tiles is busy for 16 cycles with each of these, while the vector units are idle:
+// meanwhile() does something else.
+template <int MI, int NJ, class Work> FA_INLINE void multiply_tiles(Work& meanwhile) {
   asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
-  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-  if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
-  if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+  meanwhile();
+  if constexpr (NJ == 2) {
+    asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+    meanwhile();
+  }
+  if constexpr (MI == 2) {
+    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+    meanwhile();
+  }
+  if constexpr (MI == 2 && NJ == 2) {
+    asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+    meanwhile();
+  }
 }
+struct Nothing {
+  FA_INLINE_MEMBER void operator()() {}
+};
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");
   if (NJ == 2) asm volatile("tilezero %tmm1");
@@ -98,52 +113,68 @@ template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
     asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(p + 64), "r"(row) : "memory");
 }
 
-// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first.
-template <int PA, int PB, int MI, int NJ>
+// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first, in an
+// order that follows X's pieces: those of a, or where SWAP those of b. So x y and y x have the
+// same bits.
+template <int PA, int PB, int MI, int NJ, bool SWAP = false, class Work>
 FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
-                            index_t c_row) {
+                            index_t c_row, Work& work) {
+  constexpr int PX = SWAP ? PB : PA, PY = SWAP ? PA : PB;
   clear_tiles<MI, NJ>();
   const char *ap = a.data, *bp = b.data;
   for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row) {
-    const auto rows = [&](int piece) __attribute__((always_inline)) {
-      load_rows_tiles<MI>(ap + piece * a.piece, a.row);
+    const auto load_piece = [&](bool rows, int piece) __attribute__((always_inline)) {
+      if (rows)
+        load_rows_tiles<MI>(ap + piece * a.piece, a.row);
+      else
+        load_words_tiles<NJ>(bp + piece * b.piece, b.row);
     };
-    const auto words = [&](int piece) __attribute__((always_inline)) {
-      load_words_tiles<NJ>(bp + piece * b.piece, b.row);
-    };
-    if constexpr (PA == 3 && PB > 1) {
-      rows(2), words(0), multiply_tiles<MI, NJ>();
-      rows(1), multiply_tiles<MI, NJ>();
-    } else if constexpr (PA == 2 && PB > 1) {
-      rows(1), words(0), multiply_tiles<MI, NJ>();
-    }
-    if constexpr (PA > 1 && PB > 1) {
-      words(1), multiply_tiles<MI, NJ>();
-      rows(0), multiply_tiles<MI, NJ>();
-      if constexpr (PB == 3) words(2), multiply_tiles<MI, NJ>();
-      words(0), multiply_tiles<MI, NJ>();
-    } else {
-      rows(0), words(0), multiply_tiles<MI, NJ>();
-    }
+    const auto x = [&](int piece) __attribute__((always_inline)) { load_piece(!SWAP, piece); };
+    const auto y = [&](int piece) __attribute__((always_inline)) { load_piece(SWAP, piece); };
+    y(PX == 1 ? PY - 1 : 0);
+    if constexpr (PX == 3) x(2), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1) x(1), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1 && PY > 1) y(1), multiply_tiles<MI, NJ>(work);
+    x(0), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1 && PY == 3) y(2), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX == 1 && PY == 3) y(1), multiply_tiles<MI, NJ>(work);
+    if constexpr (PY > 1) y(0), multiply_tiles<MI, NJ>(work);
   }
   store_tiles<MI, NJ>(c, c_row);
 }
+template <int PA, int PB, int MI, int NJ, bool SWAP = false>
+FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
+                            index_t c_row) {
+  Nothing work;
+  tile_product<PA, PB, MI, NJ, SWAP>(a, b, steps, c, c_row, work);
+}
+// How many products of 16 x 16 sums that makes for each DEPTH.
+template <int PX, int PY>
+inline constexpr int PRODUCTS = PX == 3 && PY == 3   ? 6
+                                : PX == 2 && PY == 3 ? 5
+                                                     : PX * PY;
 
 // c (m x n, rounded up to whole tiles) = a b.
-template <int PA, int PB>
+template <int PA, int PB, bool SWAP = false, class Work>
 FA_NOINLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
-                                   const Operand& b, float* c, index_t c_row) {
+                                   const Operand& b, float* c, index_t c_row, Work& work) {
   const index_t steps = (depth + DEPTH - 1) / DEPTH;
   for (index_t i = 0; i < m; i += 2 * TILE)
     for (index_t j = 0; j < n; j += 2 * TILE) {
       const Operand at{a.data + i * a.row, a.row, a.piece}, bt{b.data + 4 * j, b.row, b.piece};
       float* ct = reinterpret_cast<float*>(reinterpret_cast<char*>(c + j) + i * c_row);
       const bool two = m - i > TILE, wide = n - j > TILE;
-      if (two && wide) tile_product<PA, PB, 2, 2>(at, bt, steps, ct, c_row);
-      if (two && !wide) tile_product<PA, PB, 2, 1>(at, bt, steps, ct, c_row);
-      if (!two && wide) tile_product<PA, PB, 1, 2>(at, bt, steps, ct, c_row);
-      if (!two && !wide) tile_product<PA, PB, 1, 1>(at, bt, steps, ct, c_row);
+      if (two && wide) tile_product<PA, PB, 2, 2, SWAP>(at, bt, steps, ct, c_row, work);
+      if (two && !wide) tile_product<PA, PB, 2, 1, SWAP>(at, bt, steps, ct, c_row, work);
+      if (!two && wide) tile_product<PA, PB, 1, 2, SWAP>(at, bt, steps, ct, c_row, work);
+      if (!two && !wide) tile_product<PA, PB, 1, 1, SWAP>(at, bt, steps, ct, c_row, work);
     }
+}
+template <int PA, int PB, bool SWAP = false>
+FA_INLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
+                                 const Operand& b, float* c, index_t c_row) {
+  Nothing work;
+  multiply_operands<PA, PB, SWAP>(m, n, depth, a, b, c, c_row, work);
 }
 
 // ---- cutting ----
@@ -165,12 +196,17 @@ template <int P> FA_INLINE Cut<P> cut(Vec<float> x) {
   }
   return c;
 }
-// The first piece rounded, so that the signs of the others are random: for operands. `odd` gathers
-// lanes that cannot be cut.
-template <class E> FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, IntVec<float>& odd) {
-  const IntVec<float> bad = ((IntVec<float>)x & 0x7fffffff) >= 0x7f7f8000;
-  odd |= bad;
-  x = bad ? Vec<float>{} : x;
+// Lanes of numbers that could not be cut.
+struct Odd {
+  __mmask16 lanes = 0;
+  FA_INLINE_MEMBER explicit operator bool() const { return lanes != 0; }
+};
+// The first piece rounded, so that the signs of the others are random: for operands.
+template <class E> FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, Odd& odd) {
+  const auto magnitude = (__m512i)((Words)x & 0x7fffffff);
+  const __mmask16 even = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
+  odd.lanes |= __mmask16(~even);
+  x = (Vec<float>)_mm512_maskz_mov_ps(even, (__m512)x);
   if constexpr (PIECES<E> == 3) {
     const Vec<float> first = upper((Vec<float>)((Words)x + 0x8000));
     const Cut<2> rest = cut<2>(x - first);
@@ -179,13 +215,12 @@ template <class E> FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, IntVec<flo
     return cut<PIECES<E>>(x);
   }
 }
-FA_INLINE bool any_lane(IntVec<float> odd) {
-  return _mm512_test_epi32_mask((__m512i)odd, (__m512i)odd) != 0;
-}
 
-// Words (low[i], high[i]) of two pieces.
+// Words (low[i], high[i]) of the upper halves.
 FA_INLINE Vec<float> pair_words(Vec<float> low, Vec<float> high) {
-  return (Vec<float>)((Words)high | ((Words)low >> 16));
+  constexpr int high_and_mask_or_low = 0xEA;
+  return (Vec<float>)_mm512_ternarylogic_epi32((__m512i)high, _mm512_set1_epi32(-65536),
+                                               (__m512i)((Words)low >> 16), high_and_mask_or_low);
 }
 // 32 elements in a row: those of `first`, then those of `second`.
 template <int... I> FA_INLINE Vec<float> join(Vec<float> first, Vec<float> second, Seq<I...>) {
@@ -196,7 +231,7 @@ FA_INLINE Vec<float> join_elements(Vec<float> first, Vec<float> second) {
   return join(first, second, typename MakeSeq<32>::type{});
 }
 
-// 16 numbers of a row from column c; 0 beyond the row.
+// 16 numbers of a row from column c; 0 beyond the row. Native: the whole row can be loaded.
 template <class E>
 FA_INLINE Vec<float> numbers_at(const char* row, index_t col, index_t c, index_t cols,
                                 bool native) {
@@ -204,115 +239,140 @@ FA_INLINE Vec<float> numbers_at(const char* row, index_t col, index_t c, index_t
   if (c >= cols) return Vec<float>{};
   return gather_as<E>(row + c * col, col, int(min_index(W<float>, cols - c)));
 }
-
-// dst as rows = src[r0 + r][0:cols] for r < rows. True if something could not be cut.
 template <class E>
-FA_NOINLINE bool cut_rows(const Matrix& src, index_t r0, index_t rows, index_t cols,
-                          const Operand& dst) {
-  const bool native = is_native<E>(src);
-  IntVec<float> odd{};
-  for (index_t r = 0; r < up_to(rows, TILE); r++)
-    for (index_t c = 0; c < cols; c += DEPTH) {
-      const char* p = src.data + (r0 + r) * src.row;
-      const bool in = r < rows;
-      const auto a =
-          cut_operand<E>(in ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
-      const auto b = cut_operand<E>(
-          in ? numbers_at<E>(p, src.col, c + W<float>, cols, native) : Vec<float>{}, odd);
-      FA_UNROLL
-      for (int i = 0; i < PIECES<E>; i++)
-        store(reinterpret_cast<float*>(dst.data + i * dst.piece + r * dst.row + 2 * c),
-              join_elements(a.piece[i], b.piece[i]));
-    }
-  return any_lane(odd);
+FA_INLINE Cut<PIECES<E>> cut_at(const Matrix& src, index_t r, index_t rows, index_t c, index_t cols,
+                                bool native, Odd& odd) {
+  return cut_operand<E>(
+      r < rows ? numbers_at<E>(src.data + r * src.row, src.col, c, cols, native) : Vec<float>{},
+      odd);
 }
 
-// dst as words of two columns = src[r0 + r][0:cols], the rows of src in the columns: (cols / 2) x
-// rows.
-template <class E>
-FA_NOINLINE bool cut_columns(const Matrix& src, index_t r0, index_t rows, index_t cols,
-                             const Operand& dst) {
-  const bool native = is_native<E>(src);
-  IntVec<float> odd{};
-  for (index_t r = 0; r < rows; r += TILE)
-    for (index_t c = 0; c < cols; c += DEPTH) {
-      Vec<float> t[PIECES<E>][TILE];
-      for (index_t i = 0; i < TILE; i++) {
-        const char* p = src.data + (r0 + r + i) * src.row;
-        const bool in = r + i < rows;
-        const auto a =
-            cut_operand<E>(in ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
-        const auto b = cut_operand<E>(
-            in ? numbers_at<E>(p, src.col, c + W<float>, cols, native) : Vec<float>{}, odd);
-        for (int n = 0; n < PIECES<E>; n++) t[n][i] = join_elements(a.piece[n], b.piece[n]);
-      }
-      for (int n = 0; n < PIECES<E>; n++) {
-        Vec<float> x[TILE];
-        FA_UNROLL
-        for (int i = 0; i < TILE; i++) x[i] = t[n][i];
-        transpose_registers<float>(x);
-        char* at = dst.data + n * dst.piece + c / 2 * dst.row + 4 * r;
-        FA_UNROLL
-        for (int i = 0; i < TILE; i++) store(reinterpret_cast<float*>(at + i * dst.row), x[i]);
-      }
-    }
-  return any_lane(odd);
+template <int N> FA_INLINE void store_pieces(const Operand& dst, index_t at, const Cut<N>& x) {
+  FA_UNROLL
+  for (int n = 0; n < N; n++)
+    store(reinterpret_cast<float*>(dst.data + n * dst.piece + at), x.piece[n]);
+}
+template <int N>
+FA_INLINE void store_transposed(const Operand& dst, index_t at, Vec<float> (&x)[N][TILE]) {
+  for (int n = 0; n < N; n++) {
+    transpose_registers<float>(x[n]);
+    FA_UNROLL
+    for (int i = 0; i < TILE; i++)
+      store(reinterpret_cast<float*>(dst.data + n * dst.piece + at + i * dst.row), x[n][i]);
+  }
 }
 
-// Words of rows r and r + 1 of src, 16 columns from c; 0 beyond.
+// 32 numbers of a row, cut; 0 beyond.
 template <class E>
-FA_INLINE Cut<PIECES<E>> cut_row_pair(const Matrix& src, index_t r0, index_t r, index_t rows,
-                                      index_t c, index_t cols, bool native, IntVec<float>& odd) {
-  const char* p = src.data + (r0 + r) * src.row;
-  const auto low =
-      cut_operand<E>(r < rows ? numbers_at<E>(p, src.col, c, cols, native) : Vec<float>{}, odd);
-  const auto high = cut_operand<E>(
-      r + 1 < rows ? numbers_at<E>(p + src.row, src.col, c, cols, native) : Vec<float>{}, odd);
+FA_INLINE Cut<PIECES<E>> cut_row(const Matrix& src, index_t r, index_t rows, index_t c,
+                                 index_t cols, bool native, Odd& odd) {
+  const auto first = cut_at<E>(src, r, rows, c, cols, native, odd);
+  const auto second = cut_at<E>(src, r, rows, c + W<float>, cols, native, odd);
+  Cut<PIECES<E>> row;
+  FA_UNROLL
+  for (int n = 0; n < PIECES<E>; n++) row.piece[n] = join_elements(first.piece[n], second.piece[n]);
+  return row;
+}
+// Words of rows r and r + 1, 16 columns from c; 0 beyond.
+template <class E>
+FA_INLINE Cut<PIECES<E>> cut_row_pair(const Matrix& src, index_t r, index_t rows, index_t c,
+                                      index_t cols, bool native, Odd& odd) {
+  const auto low = cut_at<E>(src, r, rows, c, cols, native, odd);
+  const auto high = cut_at<E>(src, r + 1, rows, c, cols, native, odd);
   Cut<PIECES<E>> words;
   FA_UNROLL
   for (int n = 0; n < PIECES<E>; n++) words.piece[n] = pair_words(low.piece[n], high.piece[n]);
   return words;
 }
 
+// f(whole) with `whole` known at compile time: all of the matrix is native and in whole tiles.
+template <class E, class F> FA_INLINE bool cut_with(const Matrix& src, bool whole, F&& f) {
+  Odd odd;
+  if (whole && is_native<E>(src))
+    f(odd, true);
+  else
+    f(odd, false);
+  return bool(odd);
+}
+
+// dst as rows = src[r0 + r][0:cols] for r < rows. True if something could not be cut.
+template <class E>
+FA_NOINLINE bool cut_rows(Matrix src, index_t r0, index_t rows, index_t cols, const Operand& dst) {
+  src.data += r0 * src.row;
+  const bool native = is_native<E>(src);
+  return cut_with<E>(src, rows % TILE == 0 && cols % DEPTH == 0,
+                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+                       const index_t all_rows = up_to(rows, TILE);
+                       for (index_t r = 0; r < all_rows; r++)
+                         for (index_t c = 0; c < cols; c += DEPTH)
+                           store_pieces(dst, r * dst.row + 2 * c,
+                                        whole ? cut_row<E>(src, r, r + 1, c, c + DEPTH, true, odd)
+                                              : cut_row<E>(src, r, rows, c, cols, native, odd));
+                     });
+}
+
+// dst as words of two columns = src[r0 + r][0:cols], the rows of src in the columns: (cols / 2) x
+// rows.
+template <class E>
+FA_NOINLINE bool cut_columns(Matrix src, index_t r0, index_t rows, index_t cols,
+                             const Operand& dst) {
+  src.data += r0 * src.row;
+  const bool native = is_native<E>(src);
+  return cut_with<E>(src, rows % TILE == 0 && cols % DEPTH == 0,
+                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+                       for (index_t r = 0; r < rows; r += TILE)
+                         for (index_t c = 0; c < cols; c += DEPTH) {
+                           Vec<float> t[PIECES<E>][TILE];
+                           for (index_t i = 0; i < TILE; i++) {
+                             const auto row =
+                                 whole ? cut_row<E>(src, r + i, r + i + 1, c, c + DEPTH, true, odd)
+                                       : cut_row<E>(src, r + i, rows, c, cols, native, odd);
+                             FA_UNROLL
+                             for (int n = 0; n < PIECES<E>; n++) t[n][i] = row.piece[n];
+                           }
+                           store_transposed(dst, c / 2 * dst.row + 4 * r, t);
+                         }
+                     });
+}
+
 // dst as words of two rows = src[r0 + r][0:cols]: (rows / 2) x cols.
 template <class E>
-FA_NOINLINE bool cut_row_pairs(const Matrix& src, index_t r0, index_t rows, index_t cols,
+FA_NOINLINE bool cut_row_pairs(Matrix src, index_t r0, index_t rows, index_t cols,
                                const Operand& dst) {
+  src.data += r0 * src.row;
   const bool native = is_native<E>(src);
-  IntVec<float> odd{};
-  for (index_t r = 0; r < up_to(rows, DEPTH); r += 2)
-    for (index_t c = 0; c < cols; c += TILE) {
-      const auto words = cut_row_pair<E>(src, r0, r, rows, c, cols, native, odd);
-      FA_UNROLL
-      for (int n = 0; n < PIECES<E>; n++)
-        store(reinterpret_cast<float*>(dst.data + n * dst.piece + r / 2 * dst.row + 4 * c),
-              words.piece[n]);
-    }
-  return any_lane(odd);
+  return cut_with<E>(src, rows % DEPTH == 0 && cols % TILE == 0,
+                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+                       const index_t all_rows = up_to(rows, DEPTH);
+                       for (index_t r = 0; r < all_rows; r += 2)
+                         for (index_t c = 0; c < cols; c += TILE)
+                           store_pieces(dst, r / 2 * dst.row + 4 * c,
+                                        whole
+                                            ? cut_row_pair<E>(src, r, r + 2, c, c + TILE, true, odd)
+                                            : cut_row_pair<E>(src, r, rows, c, cols, native, odd));
+                     });
 }
 
 // dst as rows = the transpose of src[r0 + r][0:cols]: cols x rows.
 template <class E>
-FA_NOINLINE bool cut_transposed(const Matrix& src, index_t r0, index_t rows, index_t cols,
+FA_NOINLINE bool cut_transposed(Matrix src, index_t r0, index_t rows, index_t cols,
                                 const Operand& dst) {
+  src.data += r0 * src.row;
   const bool native = is_native<E>(src);
-  IntVec<float> odd{};
-  for (index_t c = 0; c < cols; c += TILE)
-    for (index_t r = 0; r < rows; r += DEPTH) {
-      Vec<float> t[PIECES<E>][TILE];
-      for (index_t i = 0; i < TILE; i++) {
-        const auto words = cut_row_pair<E>(src, r0, r + 2 * i, rows, c, cols, native, odd);
-        for (int n = 0; n < PIECES<E>; n++) t[n][i] = words.piece[n];
-      }
-      for (int n = 0; n < PIECES<E>; n++) {
-        Vec<float> x[TILE];
-        FA_UNROLL
-        for (int i = 0; i < TILE; i++) x[i] = t[n][i];
-        transpose_registers<float>(x);
-        char* at = dst.data + n * dst.piece + c * dst.row + 2 * r;
-        FA_UNROLL
-        for (int i = 0; i < TILE; i++) store(reinterpret_cast<float*>(at + i * dst.row), x[i]);
-      }
-    }
-  return any_lane(odd);
+  return cut_with<E>(src, rows % DEPTH == 0 && cols % TILE == 0,
+                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+                       for (index_t c = 0; c < cols; c += TILE)
+                         for (index_t r = 0; r < rows; r += DEPTH) {
+                           Vec<float> t[PIECES<E>][TILE];
+                           for (index_t i = 0; i < TILE; i++) {
+                             const index_t at = r + 2 * i;
+                             const auto words =
+                                 whole ? cut_row_pair<E>(src, at, at + 2, c, c + TILE, true, odd)
+                                       : cut_row_pair<E>(src, at, rows, c, cols, native, odd);
+                             FA_UNROLL
+                             for (int n = 0; n < PIECES<E>; n++) t[n][i] = words.piece[n];
+                           }
+                           store_transposed(dst, c * dst.row + 2 * r, t);
+                         }
+                     });
 }

@@ -201,8 +201,9 @@ inline constexpr index_t RAGGED = 4;  // at most this part, 1/4, of a sub-block'
 
 // As many queries as a sub-block holds, but fewer where their intervals differ much: what is ragged
 // is computed in full and thrown away. The bits do not depend on it.
-template <class T> FA_INLINE void choose_width(Queries<T>& x, const ForwardHead& h, index_t q_end) {
-  for (int vectors = MAX_NJ;; vectors = (vectors + 1) / 2) {
+template <class T>
+FA_INLINE void choose_width(Queries<T>& x, const ForwardHead& h, index_t q_end, int most = MAX_NJ) {
+  for (int vectors = most;; vectors = (vectors + 1) / 2) {
     x.count = min_index(q_end - x.first, vectors * W<T>);
     x.vectors = int((x.count + W<T> - 1) / W<T>);
     x.keys = visible_span(h.rules, x.first, x.first + x.count, h.sk);
@@ -251,6 +252,21 @@ template <class E> static size_t forward_scratch(const ForwardHead& h, index_t q
          8 * 64;
 }
 
+// Lines to fetch for the next task, spread over this one's `steps` keys.
+template <class E>
+FA_INLINE Ahead ahead_of(const ForwardHead& h, const NextQueries& next, index_t steps) {
+  const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
+  Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes),
+               stream_of(next.out, next.begin, next.end, v_bytes),
+               stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
+               stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
+              0};
+  index_t lines = 0;
+  for (const Stream& s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
+  ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
+  return ahead;
+}
+
 template <class E>
 static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const NextQueries& next,
                     void* scratch) {
@@ -289,17 +305,7 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
     q += x.count;
   }
 
-  // Lines to fetch for the next task, spread over this one's keys.
-  const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
-  Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes),
-               stream_of(next.out, next.begin, next.end, v_bytes),
-               stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
-               stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
-              0};
-  index_t lines = 0;
-  for (const Stream& s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
-  const index_t steps = n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK);
-  ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
+  Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
 
   // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not
   // depend on its neighbours.

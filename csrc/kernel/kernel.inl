@@ -34,11 +34,14 @@ namespace {
 #include "kernel/product.inl"
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
+#include "kernel/forward_amx.inl"
+#include "kernel/few_amx.inl"
 #endif
 // clang-format on
 
 template <class E>
 constexpr Kernels kernels{LANES<Compute<E>>,
+                          4,
                           FEW,
                           BACK_QUERIES,
                           BACK_KEYS,
@@ -60,6 +63,25 @@ constexpr LayerKernels layer_kernels_of{
     adamw<T>,         log_sum_exp<T>,     softmax_gradient<T>,
     gather<T>,        scatter<T>,         drop_rows<T>};
 
+#if defined(FUSEDATTN_AMX)
+template <class E>
+constexpr Kernels amx_kernels{LANES<float>,
+                              8,
+                              FEW,
+                              BACK_QUERIES,
+                              BACK_KEYS,
+                              forward_scratch_amx<E>,
+                              forward_amx<E>,
+                              few_scratch_amx<E>,
+                              forward_few_amx<E>,
+                              delta<E>,
+                              visible_blocks,
+                              backward_scratch<E>,
+                              backward<E>,
+                              round_rows<E>,
+                              multiply_adds<E>};
+#endif
+
 }  // namespace
 
 // Initialised at compile time: loading the library must not run code of this instruction set.
@@ -68,7 +90,7 @@ extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{
     FUSEDATTN_ISA_NAME,
     &FUSEDATTN_BASE,
-    {&kernels<float>, nullptr, &kernels<Half>, &kernels<BFloat>},
+    {&amx_kernels<float>, nullptr, &amx_kernels<Half>, &amx_kernels<BFloat>},
     read_stream,
     {nullptr, nullptr}};
 #elif defined(FUSEDATTN_BASE)
