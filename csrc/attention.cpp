@@ -16,10 +16,13 @@
 namespace fusedattn {
 namespace {
 
-const Kernels& kernels_of(DType dtype) {
+// `dims`: d + dv of the problem. An instruction set that was asked for by name is used whatever it
+// is worth.
+const Kernels& kernels_of(DType dtype, index_t dims) {
   const KernelTable& table = kernel_table();
   const Kernels* own = table.kernels[int(dtype)];
-  return own ? *own : *table.base->kernels[int(dtype)];
+  if (!own || (dims < own->least_dims && !isa_is_forced())) own = table.base->kernels[int(dtype)];
+  return *own;
 }
 index_t compute_size(DType dtype) {
   return dtype == DType::float64 ? 8 : 4;
@@ -194,7 +197,7 @@ SegmentTable::SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_id
 }
 
 bool attention_forward(const Call& c, Loop& loop) {
-  const Kernels& kernels = kernels_of(c.dtype);
+  const Kernels& kernels = kernels_of(c.dtype, c.d + c.d_v);
   const double flops = 2.0 * pairs(c) * double(c.d + c.d_v);
   const int threads = worthwhile_threads(c.threads, flops);
 
@@ -267,7 +270,7 @@ bool attention_forward(const Call& c, Loop& loop) {
 }
 
 bool attention_backward(Call& c, Loop& loop) {
-  const Kernels& kernels = kernels_of(c.dtype);
+  const Kernels& kernels = kernels_of(c.dtype, c.d + c.d_v);
   const double flops = 2.0 * pairs(c) * double(3 * c.d + 2 * c.d_v);
   const int threads = worthwhile_threads(c.threads, flops);
   const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1, heads = c.batch * c.kv_heads;
@@ -363,7 +366,9 @@ bool attention_backward(Call& c, Loop& loop) {
 }
 
 double measure_peak(DType dtype, int threads) {
-  const Kernels& kernels = kernels_of(dtype);
+  const KernelTable& table = best_table();
+  const Kernels* own = table.kernels[int(dtype)];
+  const Kernels& kernels = own ? *own : *table.base->kernels[int(dtype)];
   double best = 0;
   for (int i = 0; i < 5; i++) {
     Loop loop{};

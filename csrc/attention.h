@@ -63,7 +63,8 @@ struct Call {
 bool attention_forward(const Call& call, Loop& loop);
 bool attention_backward(Call& call, Loop& loop);
 
-// Limits of the machine with `threads` threads: multiply-add flops a second, bytes read a second.
+// Limits of the machine with `threads` threads, whichever instruction set is in use: multiply-add
+// flops a second, bytes read a second.
 double measure_peak(DType dtype, int threads);
 double measure_bandwidth(int threads);
 

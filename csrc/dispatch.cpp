@@ -61,6 +61,7 @@ const Isa isas[] = {
 };
 
 std::atomic<const KernelTable*> chosen{nullptr};
+std::atomic<bool> forced{false};
 
 std::string joined(const std::vector<std::string>& names) {
   std::string all;
@@ -86,13 +87,24 @@ const KernelTable& kernel_table() {
   if (!table) {
     const char* name = std::getenv("FUSEDATTN_ISA");
     table = find(name ? name : "", "FUSEDATTN_ISA");
+    forced.store(name && *name, std::memory_order_relaxed);
     chosen.store(table, std::memory_order_relaxed);
   }
   return *table;
 }
 
 void set_isa(const std::string& name) {
-  chosen.store(name.empty() ? nullptr : find(name, "set_isa"));
+  const KernelTable* table = name.empty() ? nullptr : find(name, "set_isa");
+  forced.store(table != nullptr);
+  chosen.store(table);
+}
+
+bool isa_is_forced() {
+  return forced.load(std::memory_order_relaxed);
+}
+
+const KernelTable& best_table() {
+  return *find("", "");
 }
 
 std::vector<std::string> built_isas() {

@@ -12,6 +12,8 @@ namespace fusedattn {
 // std::invalid_argument if it names something unknown or unsupported.
 const KernelTable& kernel_table();
 void set_isa(const std::string& name);  // for tests; "" goes back to the default
+bool isa_is_forced();                   // by either
+const KernelTable& best_table();        // that this CPU runs
 
 std::vector<std::string> built_isas();      // worst first
 std::vector<std::string> supported_isas();  // those that this CPU runs, worst first

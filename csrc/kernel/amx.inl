@@ -177,6 +177,25 @@ FA_INLINE void multiply_operands(index_t m, index_t n, index_t depth, const Oper
   multiply_operands<PA, PB, SWAP>(m, n, depth, a, b, c, c_row, work);
 }
 
+// What the unit for tiles can do at most, on numbers that are not all the same: with zeros it is
+// clocked higher. A round is 12 chains of multiplications, as in limits.inl.
+static double multiply_tiles_flops(index_t rounds) {
+  alignas(64) uint16_t numbers[TILE * DEPTH];
+  for (index_t i = 0; i < TILE * DEPTH; i++)
+    numbers[i] = uint16_t(0x3f00 | (i * 2654435761u >> 24) | i << 15);
+  const Tiles tiles;
+  const char* p = reinterpret_cast<const char*>(numbers);
+  clear_tiles<2, 2>();
+  load_rows_tiles<2>(p, 0);  // the second tile of each: a row over and over
+  load_words_tiles<2>(p, 0);
+  load_rows_tiles<1>(p, 64);
+  load_words_tiles<1>(p, 64);
+  Nothing nothing;
+  const index_t calls = rounds / 32;  // a tile takes 16 cycles, a vector half of one
+  for (index_t r = 0; r < calls; r++) multiply_tiles<2, 2>(nothing);
+  return double(calls) * 4 * TILE * TILE * DEPTH * 2;
+}
+
 // ---- cutting ----
 
 // Pieces of 16 numbers: float32 numbers whose lower 16 bits are 0.

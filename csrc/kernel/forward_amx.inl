@@ -14,9 +14,6 @@
 // Pieces of P: enough for what is summed up in float32 and rounded to E.
 template <class E> inline constexpr int P_PIECES = PIECES<E> == 3 ? 3 : 2;
 
-// Vectors of queries at most: words of P (128 x 16 keys by pieces) should stay in L1.
-template <class E> inline constexpr int WIDEST = 4;
-
 // A block of keys, cut, and whether something in it could not be.
 struct KeyBlock {
   Operand k, v;  // rows (keys x d), rows (dv x keys)
@@ -175,6 +172,7 @@ struct Scored {
   index_t cut[4];  // ranges: ragged, seen by every query, ragged
   Dense<float> dense[3];
   float *s, *tile;  // (128, lanes) each
+  Operand words;    // P
   alignas(64) float block_max[LANES<float>], rescale[LANES<float>], sum[LANES<float>];
 };
 
@@ -190,6 +188,16 @@ FA_INLINE void apply_range(const Rules& rules, Scored& b, int r, index_t n, floa
   if (plain && bent) run(finish_scores<true, false, NQ>);
   if (!plain && !bent) run(finish_scores<false, true, NQ>);
   if (!plain && bent) run(finish_scores<true, true, NQ>);
+}
+
+// Multiplications of tiles in the two products.
+template <class E> FA_INLINE index_t score_products(const ForwardHead& h, const Scored& b) {
+  const index_t tiles = (b.high - b.low) / TILE * b.x->vectors;
+  return tiles * (up_to(h.d, DEPTH) / DEPTH) * PRODUCTS<PIECES<E>, PIECES<E>>;
+}
+template <class E> FA_INLINE index_t value_products(const ForwardHead& h, const Scored& b) {
+  const index_t tiles = up_to(h.dv, TILE) / TILE * b.x->vectors;
+  return tiles * ((b.high - b.low) / DEPTH) * PRODUCTS<PIECES<E>, P_PIECES<E>>;
 }
 
 // 1. scores, and the rules. Meanwhile the exponentials of what came before.
@@ -233,8 +241,7 @@ FA_NOINLINE void score_block(const ForwardHead& h, Scored& b, const Matrix& k, c
 
 // 2. what P = exp2(S - max) takes: the running maximum, and the factor of the sums so far.
 template <class E>
-FA_INLINE Exponentials<P_PIECES<E>> exponentials_of(const ForwardHead& h, Scored& b,
-                                                    const Operand& words, Ahead& ahead) {
+FA_INLINE Exponentials<P_PIECES<E>> exponentials_of(const ForwardHead& h, Scored& b, Ahead& ahead) {
   using T = float;
   Queries<T>& x = *b.x;
   const index_t lanes = x.vectors * W<T>;
@@ -247,7 +254,7 @@ FA_INLINE Exponentials<P_PIECES<E>> exponentials_of(const ForwardHead& h, Scored
   return {b.s + b.low * lanes,
           x.max,
           b.sum,
-          words,
+          b.words,
           lanes,
           0,
           0,
@@ -259,8 +266,7 @@ FA_INLINE Exponentials<P_PIECES<E>> exponentials_of(const ForwardHead& h, Scored
 
 // What could not be cut of V, for the queries that may see it.
 template <class E>
-FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, const Operand& words, index_t dv,
-                             float* sums) {
+FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, index_t dv, float* sums) {
   const index_t lanes = b.x->vectors * W<float>;
   for (index_t key = b.k0; key < b.k1; key++) {
     const int r = (key >= b.cut[1]) + (key >= b.cut[2]);
@@ -272,7 +278,8 @@ FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, const Operand& wo
         const index_t lane = j % W<float>;
         if (!dense.data ||
             dense_at(dense, key - b.cut[r], int(j / W<float>))[lane] != -Bits<float>::infinity)
-          sums[c * lanes + j] += word_element(words, P_PIECES<E>, key - b.block - b.low, j) * value;
+          sums[c * lanes + j] +=
+              word_element(b.words, P_PIECES<E>, key - b.block - b.low, j) * value;
       }
     }
   }
@@ -281,7 +288,8 @@ FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, const Operand& wo
 // 3. O = O * rescale + P V
 template <class E>
 FA_NOINLINE void add_values(const ForwardHead& h, const Scored& b, const Matrix& v,
-                            const KeyBlock& keys, const Operand& words, float* sums) {
+                            const KeyBlock& keys, float* sums,
+                            Exponentials<P_PIECES<E>>& meanwhile) {
   using T = float;
   Queries<T>& x = *b.x;
   const index_t lanes = x.vectors * W<T>, at = b.k0 - b.block;
@@ -293,14 +301,14 @@ FA_NOINLINE void add_values(const ForwardHead& h, const Scored& b, const Matrix&
     if (x.vectors == 2) drop(drop_tile<E, 2>);
     if (x.vectors == 3) drop(drop_tile<E, 3>);
     if (x.vectors == 4) drop(drop_tile<E, 4>);
-    to_words<P_PIECES<E>>(b.high - b.low, lanes, b.s + b.low * lanes, words);
+    to_words<P_PIECES<E>>(b.high - b.low, lanes, b.s + b.low * lanes, b.words);
   }
   for (index_t i = 0; i < lanes; i += W<T>)
     store(x.sum + i, fma<T>(load(x.sum + i), load(b.rescale + i), load(b.sum + i)));
   multiply_operands<PIECES<E>, P_PIECES<E>>(h.dv, lanes, b.high - b.low,
                                             {keys.v.data + 2 * b.low, keys.v.row, keys.v.piece},
-                                            words, sums, 4 * lanes);
-  if (keys.odd_v) mend_values<E>(b, v, words, h.dv, sums);
+                                            b.words, sums, 4 * lanes, meanwhile);
+  if (keys.odd_v) mend_values<E>(b, v, h.dv, sums);
   for (index_t c = 0; c < h.dv; c++)
     for (index_t i = 0; i < lanes; i += W<T>) {
       T* o = x.o + c * lanes + i;
@@ -332,8 +340,8 @@ template <class E> static size_t forward_scratch_amx(const ForwardHead& h, index
   const index_t subs = (queries + W<float> - 1) / W<float>, lanes = up_to(queries, LANES<float>);
   const index_t d = up_to(h.d, DEPTH), dv = up_to(h.dv, TILE), L = LANES<float>;
   const index_t pieces =
-      PIECES<E> * 2 * (lanes * d + KEY_BLOCK * (d + dv)) + P_PIECES<E> * 2 * KEY_BLOCK * L;
-  const index_t numbers = 4 * (lanes * (dv + 4) + 4 * KEY_BLOCK * L + dv * L);
+      PIECES<E> * 2 * (lanes * d + KEY_BLOCK * (d + dv)) + 3 * P_PIECES<E> * 2 * KEY_BLOCK * L;
+  const index_t numbers = 4 * (lanes * (dv + 4) + 6 * KEY_BLOCK * L + dv * L);
   const index_t gathered = h.pages.table ? KEY_BLOCK * (h.d + h.dv) * index_t(sizeof(E)) : 0;
   return size_t(pieces + numbers + gathered + subs * (index_t(sizeof(Queries<float>)) + 8 * 64) +
                 16 * 64);
@@ -345,15 +353,15 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   using T = float;
   const Tiles tiles;
   char* free = static_cast<char*>(scratch);
-  Scored scored[2];  // one is finished while the scores of the next are computed
+  Scored scored[3];  // scores, exponentials and values of three blocks are computed side by side
   for (Scored& b : scored) {
     b.s = carve<T>(free, KEY_BLOCK * LANES<T>);
     b.tile = carve<T>(free, KEY_BLOCK * LANES<T>);
+    b.words = words_operand(free, P_PIECES<E>, KEY_BLOCK, LANES<T>);
   }
   T* sums = carve<T>(free, up_to(h.dv, TILE) * LANES<T>);
   KeyBlock keys{rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
                 rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
-  char* words_data = carve<char>(free, P_PIECES<E> * 2 * KEY_BLOCK * LANES<T>);
   E *k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0),
     *v_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.dv : 0);
   auto* subs = reinterpret_cast<Queries<T>*>(
@@ -364,7 +372,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
-    choose_width<T>(x, h, q_end, WIDEST<E>);
+    choose_width<T>(x, h, q_end);
     const index_t lanes = x.vectors * W<T>;
     const Operand words = words_operand(free, PIECES<E>, h.d, lanes);
     x.q = reinterpret_cast<T*>(words.data);
@@ -381,25 +389,24 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   }
   Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
 
+  // Scores of block i and values of block i - 2 are multiplied while the exponentials of block
+  // i - 1 are computed, which hides half of them. Where one product does for six there is nothing
+  // to hide them behind, and blocks are better finished while they are in L1.
   Matrix k{}, v{};
   index_t v_block = -1;
-  Exponentials<P_PIECES<E>> before{};
-  Scored* last = nullptr;
-  const auto words_of = [&](const Queries<T>& x) -> Operand {
-    return {words_data, 4 * x.vectors * W<T>, words_bytes(KEY_BLOCK, x.vectors * W<T>)};
-  };
-  const auto finish_last = [&]() {
-    if (!last) return;
-    before.finish();
-    if (last->block != v_block) {
-      v_block = last->block;
+  Exponentials<P_PIECES<E>> work{};
+  Scored *first = nullptr, *second = nullptr;  // the exponentials are done, are being done
+  const auto values_of_first = [&]() {
+    if (!first) return;
+    if (first->block != v_block) {
+      v_block = first->block;
       const index_t rows = min_index(KEY_BLOCK, any.high - v_block);
       v = block_rows<E>(h.v, h.pages, h.pages.v_page, v_block, rows, h.dv, v_rows);
       keys.odd_v = cut_transposed<E>(v, 0, rows, h.dv, keys.v);
     }
-    add_values<E>(h, *last, v, keys, words_of(*last->x), sums);
-    last = nullptr;
+    add_values<E>(h, *first, v, keys, sums, work);
   };
+  int turn = 0;
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t rows = min_index(KEY_BLOCK, any.high - block);
     k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, k_rows);
@@ -412,16 +419,31 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       Cover cover = Cover::all;
       if (h.rules.mask.data) cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
       if (cover == Cover::none) continue;
-      Scored& b = scored[last == &scored[0]];
+      Scored& b = scored[turn++ % 3];
       b.x = &x, b.block = block, b.k0 = k0, b.k1 = k1;
       b.low = (k0 - block) / DEPTH * DEPTH;
       b.high = up_to(k1 - block, DEPTH);
-      score_block<E>(h, b, k, keys, cover == Cover::some, before);
-      finish_last();
-      before = exponentials_of<E>(h, b, words_of(x), ahead);
-      last = &b;
+      b.words.row = 4 * x.vectors * W<T>;
+      const index_t products = score_products<E>(h, b) + (first ? value_products<E>(h, *first) : 0);
+      work.share = (256 * work.left + products - 1) / products;
+      score_block<E>(h, b, k, keys, cover == Cover::some, work);
+      values_of_first();
+      work.finish();
+      work = exponentials_of<E>(h, b, ahead);
+      first = second;
+      second = &b;
+      if constexpr (PIECES<E> == 1) {
+        work.finish();
+        first = &b;
+        values_of_first();
+        first = second = nullptr;
+        turn = 0;
+      }
     }
   }
-  finish_last();
+  values_of_first();
+  work.finish();
+  first = second;
+  values_of_first();
   for (int i = 0; i < n; i++) finish<E>(h, subs[i]);
 }

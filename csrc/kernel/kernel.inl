@@ -43,6 +43,7 @@ template <class E>
 constexpr Kernels kernels{LANES<Compute<E>>,
                           4,
                           FEW,
+                          0,
                           BACK_QUERIES,
                           BACK_KEYS,
                           forward_scratch<E>,
@@ -68,6 +69,7 @@ template <class E>
 constexpr Kernels amx_kernels{LANES<float>,
                               8,
                               FEW,
+                              PIECES<E> == 3 ? 96 : 0,
                               BACK_QUERIES,
                               BACK_KEYS,
                               forward_scratch_amx<E>,
@@ -79,7 +81,7 @@ constexpr Kernels amx_kernels{LANES<float>,
                               backward_scratch<E>,
                               backward<E>,
                               round_rows<E>,
-                              multiply_adds<E>};
+                              PIECES<E> == 1 ? multiply_tiles_flops : multiply_adds<E>};
 #endif
 
 }  // namespace

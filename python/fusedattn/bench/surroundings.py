@@ -48,13 +48,14 @@ def chosen_isa(name: str | None) -> Iterator[None]:
     """Use an instruction set while the block runs; None keeps the one in use."""
     from fusedattn import _core
 
-    before = _core.cpu_info()["isa"]
-    if name:
-        _core.set_isa(name)
+    if not name:
+        yield
+        return
+    _core.set_isa(name)
     try:
         yield
     finally:
-        _core.set_isa(before)
+        _core.set_isa("")
 
 
 def write_json(path: Path, about: dict[str, Any], results: list[Any]) -> None:

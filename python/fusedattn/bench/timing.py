@@ -45,12 +45,7 @@ class Limits:
         """
         from fusedattn import _core
 
-        facts = _core.cpu_info()
-        _core.set_isa(facts["isas"][-1])
-        try:
-            return cls(_core.measure_peak(dtype, threads), _core.measure_bandwidth(threads))
-        finally:
-            _core.set_isa(facts["isa"])
+        return cls(_core.measure_peak(dtype, threads), _core.measure_bandwidth(threads))
 
     def highest(self, other: Limits) -> Limits:
         """The larger of each: a limit that was reached once stays a limit."""
