@@ -34,6 +34,7 @@ namespace {
 #include "kernel/product.inl"
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
+#include "kernel/product_amx.inl"
 #endif
 // clang-format on
 
@@ -54,11 +55,30 @@ constexpr Kernels kernels{LANES<Compute<E>>,
                           multiply_adds<E>};
 
 template <class T>
-constexpr LayerKernels layer_kernels_of{
-    PANEL<T>,         product_scratch<T>, product<T>,
-    activate_rows<T>, layer_norm<T>,      layer_norm_backward<T>,
-    adamw<T>,         log_sum_exp<T>,     softmax_gradient<T>,
-    gather<T>,        scatter<T>,         drop_rows<T>};
+constexpr LayerKernels layer_kernels_of{256,
+                                        PRODUCT_ROWS,
+                                        PANEL<T>,
+                                        product_scratch<T>,
+                                        product<T>,
+                                        activate_rows<T>,
+                                        layer_norm<T>,
+                                        layer_norm_backward<T>,
+                                        adamw<T>,
+                                        log_sum_exp<T>,
+                                        softmax_gradient<T>,
+                                        gather<T>,
+                                        scatter<T>,
+                                        drop_rows<T>};
+#if defined(FUSEDATTN_AMX)
+constexpr LayerKernels layer_kernels_amx = [] {
+  LayerKernels k = layer_kernels_of<float>;
+  k.rows_at_once = 512;
+  k.rows_together = k.panel = BAND;
+  k.product_scratch = product_amx_scratch;
+  k.product = product_amx;
+  return k;
+}();
+#endif
 
 }  // namespace
 
@@ -70,7 +90,7 @@ constinit const KernelTable FUSEDATTN_TABLE{
     &FUSEDATTN_BASE,
     {&kernels<float>, nullptr, &kernels<Half>, &kernels<BFloat>},
     read_stream,
-    {nullptr, nullptr}};
+    {&layer_kernels_amx, nullptr}};
 #elif defined(FUSEDATTN_BASE)
 extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME,
