@@ -87,7 +87,15 @@ FA_NOINLINE void cut_band_of_b(const Matrix& b, index_t k0, index_t depth, index
 
 // ---- products ----
 
-// sums (32 x 32) = the product of MI x NJ tiles of two bands. `between` is called 6 times a step.
+// The second half of multiply_tiles<2, NJ>.
+template <int NJ> FA_INLINE void multiply_lower_tiles() {
+  asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+}
+
+// sums (32 x 32) = the product of MI x NJ tiles of two bands. `between` is called CALLS times a
+// step.
+inline constexpr index_t CALLS = 12;
 template <int MI, int NJ, class F>
 FA_INLINE void multiply_bands(const char* a, const char* b, index_t steps, float* sums,
                               F&& between) {
@@ -99,12 +107,17 @@ FA_INLINE void multiply_bands(const char* a, const char* b, index_t steps, float
     const auto words = [&](int piece) __attribute__((always_inline)) {
       load_words_tiles<NJ>(b + piece * PIECE_BYTES, 128);
     };
-    rows(2), words(0), multiply_tiles<MI, NJ>(), between();
-    rows(1), multiply_tiles<MI, NJ>(), between();
-    words(1), multiply_tiles<MI, NJ>(), between();
-    rows(0), multiply_tiles<MI, NJ>(), between();
-    words(2), multiply_tiles<MI, NJ>(), between();
-    words(0), multiply_tiles<MI, NJ>(), between();
+    const auto multiply = [&]() __attribute__((always_inline)) {
+      multiply_tiles<1, NJ>(), between();
+      if (MI == 2) multiply_lower_tiles<NJ>();
+      between();
+    };
+    rows(2), words(0), multiply();
+    rows(1), multiply();
+    words(1), multiply();
+    rows(0), multiply();
+    words(2), multiply();
+    words(0), multiply();
   }
   store_tiles<MI, NJ>(sums, BAND * sizeof(float));
 }
@@ -150,36 +163,65 @@ FA_NOINLINE void mend(const Product& p, BandSums& s) {
   s.mended = true;
 }
 
-// Two rows of sums become elements of C.
-template <int NJ> FA_INLINE void finish_two(const Product& p, BandSums& s) {
-  Vec<float> acc[2][NJ], zero{}, check{};
-  const auto read = [&]() __attribute__((always_inline)) {
-    FA_UNROLL
-    for (int r = 0; r < 2; r++) {
-      FA_UNROLL
-      for (int v = 0; v < NJ; v++) acc[r][v] = load(s.sums + (s.row + r) * BAND + v * TILE);
-    }
-  };
-  read();
+// A row of sums becomes one of C. store_tile and finish_tile in one go: what activations compute
+// must not wait for memory, and their latencies overlap.
+template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
+  const float* sums = s.sums + s.row * BAND;
+  Vec<float> x[NJ], check{};
   FA_UNROLL
-  for (int r = 0; r < 2; r++) {
-    FA_UNROLL
-    for (int v = 0; v < NJ; v++) check = fma<float>(acc[r][v], zero, check);
+  for (int v = 0; v < NJ; v++) {
+    x[v] = load(sums + v * TILE);
+    check = fma<float>(x[v], Vec<float>{}, check);
   }
-  if (any_lane((IntVec<float>)(check != zero)) && !s.mended) {
+  if (any_lane((IntVec<float>)(check != Vec<float>{})) && !s.mended) {
     mend(p, s);
-    read();
+    for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
   }
-  const int last = int(s.at.columns - (NJ - 1) * TILE);
-  store_tile<float, 2, NJ>(p, acc, s.i + s.row, s.rows - s.row, s.at.j, last, s.at.first,
-                           s.at.done);
+  const index_t i = s.i + s.row, j = s.at.j;
+  float* c = row_of<float>(p.c, i) + j;
+  const float* before = !s.at.first ? c : p.added.data ? row_of<float>(p.added, i) + j : nullptr;
+  const float* bias = s.at.first && p.bias ? static_cast<const float*>(p.bias) + j : nullptr;
+  const auto lanes = [&](int v) __attribute__((always_inline)) {
+    return v == NJ - 1 ? int(s.at.columns - v * TILE) : TILE;
+  };
+  const auto each = [&](auto&& f) __attribute__((always_inline)) {
+    FA_UNROLL
+    for (int v = 0; v < NJ; v++) f(v, v * TILE);
+  };
+  if (bias) each([&](int v, index_t at) { x[v] += load_lanes(bias + at, lanes(v)); });
+  if (before) each([&](int v, index_t at) { x[v] += load_lanes(before + at, lanes(v)); });
+  if (s.at.done && p.then != Then::nothing) {
+    float* slope = p.slope.data ? row_of<float>(p.slope, i) + j : nullptr;
+    const auto activate_with = [&](auto&& f) __attribute__((always_inline)) {
+      Activated<float> y[NJ];
+      each([&](int v, index_t) { y[v] = f(x[v]); });
+      each([&](int v, index_t) { x[v] = y[v].y; });
+      if (slope) each([&](int v, index_t at) { store_lanes(slope + at, y[v].slope, lanes(v)); });
+    };
+    if (p.then == Then::times)
+      each([&](int v, index_t at) { x[v] = x[v] * load_lanes(slope + at, lanes(v)); });
+    if (p.then == Then::relu) activate_with([](Vec<float> v) { return relu<float>(v); });
+    if (p.then == Then::gelu) activate_with([](Vec<float> v) { return gelu<float>(v); });
+    if (p.then == Then::gelu_tanh) activate_with([](Vec<float> v) { return gelu_tanh<float>(v); });
+  }
+  each([&](int v, index_t at) { store_lanes(c + at, x[v], lanes(v)); });
 }
-FA_NOINLINE void finish_some(const Product& p, BandSums& s) {
+// For the line of C to be there in time. Rows are often a multiple of 4096 bytes apart and share a
+// few cache lines.
+inline constexpr index_t ROWS_AHEAD = 6;
+FA_INLINE void expect_row(const Matrix& m, index_t i, index_t j) {
+  char* at = m.data + i * m.row + j * index_t(sizeof(float));
+  __builtin_prefetch(at, 1, 3);
+  __builtin_prefetch(at + 64, 1, 3);
+}
+FA_NOINLINE void finish_next(const Product& p, BandSums& s) {
   if (s.at.columns > TILE)
-    finish_two<2>(p, s);
+    finish_row<2>(p, s);
   else
-    finish_two<1>(p, s);
-  s.row += 2;
+    finish_row<1>(p, s);
+  expect_row(p.c, s.i + s.row + ROWS_AHEAD, s.at.j);
+  if (p.slope.data && s.at.done) expect_row(p.slope, s.i + s.row + ROWS_AHEAD, s.at.j);
+  s.row++;
 }
 
 // Scratch of one task.
@@ -197,59 +239,62 @@ FA_INLINE TiledScratch tiled_scratch(char*& free, index_t rows) {
   return s;
 }
 
+// One band of columns and one piece of k, all rows of A.
+FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char* a, index_t a_band,
+                              index_t i0, index_t rows, const TiledScratch& own, NextBlocks& next,
+                              BandSums& last) {
+  const index_t steps = up_to(at.depth, DEPTH) / DEPTH;
+  const bool wide = at.columns > TILE;
+  const auto between = [&]() __attribute__((always_inline)) {
+    if (last.row < last.rows) finish_next(p, last);
+    for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
+    for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
+  };
+  for (index_t i = 0; i < rows; i += BAND, a += a_band) {
+    float* sums = last.sums == own.sums[0] ? own.sums[1] : own.sums[0];
+    const bool two = rows - i > TILE;
+    if (two && wide) multiply_bands<2, 2>(a, own.b, steps, sums, between);
+    if (two && !wide) multiply_bands<2, 1>(a, own.b, steps, sums, between);
+    if (!two && wide) multiply_bands<1, 2>(a, own.b, steps, sums, between);
+    if (!two && !wide) multiply_bands<1, 1>(a, own.b, steps, sums, between);
+    while (last.row < last.rows) finish_next(p, last);
+    last = {at, i0 + i, min_index(BAND, rows - i), 0, sums, own.copy, false};
+  }
+}
+
 static void product_tiled(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
                           index_t next_rows, void* scratch) {
   char* free = static_cast<char*>(scratch);
   const TiledScratch own = tiled_scratch(free, rows);
-  const index_t depth = tiled_depth_of(p.k), bands = bands_of(rows);
+  const index_t depth = tiled_depth_of(p.k), a_band = depth / DEPTH * STEP_BYTES;
+  const index_t times = bands_of(rows) * CALLS * depth / DEPTH;  // that lines are fetched
   const Tiles tiles;
   BandSums last{};
-  last.copy = own.copy;
-  int turn = 0;
   for (index_t k0 = 0; k0 < p.k; k0 += depth) {
-    const index_t n = min_index(depth, p.k - k0), steps = up_to(n, DEPTH) / DEPTH;
-    const bool first = k0 == 0, done = k0 + depth >= p.k;
+    const index_t n = min_index(depth, p.k - k0), after = min_index(depth, p.k - k0 - n);
     if (p.row_sums && j0 == 0)
-      sum_rows<float>(p.a, i0, rows, k0, n, first, static_cast<float*>(p.row_sums));
+      sum_rows<float>(p.a, i0, rows, k0, n, k0 == 0, static_cast<float*>(p.row_sums));
     for (index_t i = 0; i < rows; i += BAND)
-      cut_band_of_a(p.a, i0 + i, rows - i, k0, n, own.copy, own.a + i / BAND * steps * STEP_BYTES);
+      cut_band_of_a(p.a, i0 + i, rows - i, k0, n, own.copy, own.a + i / BAND * a_band);
     NextBlocks next{};
-    if (!done)
-      next.a = block_stream<float>(p.a, i0, rows, k0 + n, min_index(depth, p.k - k0 - n));
+    if (after > 0)
+      next.a = block_stream<float>(p.a, i0, rows, k0 + n, after);
     else if (next_rows < p.m)
       next.a = block_stream<float>(p.a, next_rows, min_index(rows, p.m - next_rows), 0, depth);
-    next.a_burst = lines_of(next.a) / (bands * bands_of(j1 - j0) * 6 * steps) + 1;
+    next.a_burst = lines_of(next.a) / (times * bands_of(j1 - j0)) + 1;
     for (index_t j = j0; j < j1; j += BAND) {
-      if (j + BAND < j1)
-        next.b = block_stream<float>(p.b, k0, n, j + BAND, min_index(BAND, j1 - j - BAND));
-      else if (!done)
-        next.b = block_stream<float>(p.b, k0 + n, min_index(depth, p.k - k0 - n), j0,
-                                     min_index(BAND, j1 - j0));
-      next.b_burst = lines_of(next.b) / (bands * 6 * steps) + 1;
       const index_t columns = min_index(BAND, j1 - j);
       cut_band_of_b(p.b, k0, n, j, columns, own.copy, own.b);
-      for (index_t i = 0; i < rows; i += BAND) {
-        const char* a = own.a + i / BAND * steps * STEP_BYTES;
-        const auto between = [&]() __attribute__((always_inline)) {
-          if (last.row < last.rows) finish_some(p, last);
-          for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
-          for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
-        };
-        const index_t height = min_index(BAND, rows - i);
-        float* sums = own.sums[turn];
-        const bool two = height > TILE, wide = columns > TILE;
-        if (two && wide) multiply_bands<2, 2>(a, own.b, steps, sums, between);
-        if (two && !wide) multiply_bands<2, 1>(a, own.b, steps, sums, between);
-        if (!two && wide) multiply_bands<1, 2>(a, own.b, steps, sums, between);
-        if (!two && !wide) multiply_bands<1, 1>(a, own.b, steps, sums, between);
-        while (last.row < last.rows) finish_some(p, last);
-        last.at = {j, columns, k0, n, first, done};
-        last.i = i0 + i, last.rows = height, last.row = 0, last.sums = sums, last.mended = false;
-        turn ^= 1;
-      }
+      if (j + BAND < j1)
+        next.b = block_stream<float>(p.b, k0, n, j + BAND, min_index(BAND, j1 - j - BAND));
+      else if (after > 0)
+        next.b = block_stream<float>(p.b, k0 + n, after, j0, min_index(BAND, j1 - j0));
+      next.b_burst = lines_of(next.b) / times + 1;
+      product_band(p, {j, columns, k0, n, k0 == 0, after == 0}, own.a, a_band, i0, rows, own, next,
+                   last);
     }
   }
-  while (last.row < last.rows) finish_some(p, last);
+  while (last.row < last.rows) finish_next(p, last);
 }
 
 // Narrow and shallow products gain nothing. The number of rows must not matter.
