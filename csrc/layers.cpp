@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "dispatch.h"
 
@@ -10,8 +11,6 @@ namespace {
 
 constexpr index_t TASK_ELEMENTS = 1 << 15;  // of elementwise work: tens of microseconds
 constexpr index_t TASK_FLOPS = 1 << 21;     // of a product: likewise
-constexpr index_t ROWS_AT_ONCE = 256;       // of A, packed: fits L2 beside a panel of B
-constexpr index_t ROWS_TOGETHER = 6;        // a multiple of which a task should have
 constexpr index_t PARTIAL_ROWS = 64;        // rows that a partial sum of layer norm's backward has
 
 const LayerKernels& kernels_for(const Run& run) {
@@ -35,8 +34,9 @@ template <class F> bool over_rows(const Run& run, index_t rows, index_t width, F
 
 }  // namespace
 
-// C is cut into tasks: rows first, since every task packs its part of B; columns too where rows are
-// few.
+// C is cut into tasks. Each packs its rows of A and its columns of B, so all together pack A once
+// for each piece of the columns, and B once for each piece of the rows: as little as possible, with
+// as many tasks for each thread.
 bool run_product(const Run& run, const Product& p) {
   if (p.m == 0 || p.n == 0) return true;
   const LayerKernels& kernels = kernels_for(run);
@@ -44,13 +44,18 @@ bool run_product(const Run& run, const Product& p) {
   const auto worth = index_t(std::min(1e6, std::max(1.0, flops / double(TASK_FLOPS))));
   const index_t threads = std::min<index_t>(run.threads, worth);
 
-  index_t row_pieces = pieces_of(p.m, ROWS_AT_ONCE), column_pieces = 1;
-  if (threads > 1) {
-    row_pieces = pieces_of(row_pieces, threads) * threads;  // as many for each thread
-    row_pieces = std::min(row_pieces, pieces_of(p.m, 4 * ROWS_TOGETHER));
-    if (row_pieces % threads != 0) column_pieces = std::min(threads, pieces_of(p.n, kernels.panel));
+  const index_t row_step = kernels.rows_together, most_columns = pieces_of(p.n, kernels.panel);
+  index_t row_pieces = pieces_of(p.m, kernels.rows_at_once), column_pieces = 1;
+  index_t least = std::numeric_limits<index_t>::max();
+  for (index_t c = 1; c <= std::min(threads, most_columns); c++) {
+    if (threads % c != 0) continue;
+    const index_t each = threads / c;
+    const index_t r = pieces_of(pieces_of(p.m, kernels.rows_at_once), each) * each;
+    if (r > pieces_of(p.m, row_step) && r > 1) continue;
+    if (const index_t packed = p.m * c + p.n * r; packed < least)
+      least = packed, row_pieces = r, column_pieces = c;
   }
-  const index_t rows = pieces_of(pieces_of(p.m, row_pieces), ROWS_TOGETHER) * ROWS_TOGETHER;
+  const index_t rows = pieces_of(pieces_of(p.m, row_pieces), row_step) * row_step;
   const index_t columns = pieces_of(pieces_of(p.n, column_pieces), kernels.panel) * kernels.panel;
   row_pieces = pieces_of(p.m, rows);
   column_pieces = pieces_of(p.n, columns);
@@ -58,7 +63,7 @@ bool run_product(const Run& run, const Product& p) {
   return parallel_for(row_pieces * column_pieces, int(threads), run.loop, [&](index_t task) {
     const index_t i = task / column_pieces * rows, j = task % column_pieces * columns;
     kernels.product(p, i, std::min(rows, p.m - i), j, std::min(p.n, j + columns),
-                    std::min(p.m, i + threads * rows), thread_scratch(scratch));
+                    std::min(p.m, i + threads / column_pieces * rows), thread_scratch(scratch));
   });
 }
 

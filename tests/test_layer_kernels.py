@@ -18,6 +18,9 @@ SIZES = [
     (13, 17, 15),
     (64, 130, 600),
     (300, 48, 33),
+    (17, 33, 65),
+    (33, 47, 161),
+    (49, 95, 129),
 ]
 
 
@@ -99,6 +102,43 @@ def test_nan_and_inf_stay_in_their_row_and_column(isa):
     np.testing.assert_allclose(
         rest, np.delete(a, 4, axis=0) @ np.delete(b, 66, axis=1), rtol=0, atol=1e-4
     )
+
+
+def test_a_column_of_a_product_does_not_depend_on_the_others(isa):
+    x, w = normal(0, (70, 300)), normal(1, (130, 300))
+    whole = product(x, w.T)
+    for begin, end in ((0, 33), (3, 52), (97, 130)):
+        np.testing.assert_array_equal(product(x, w[begin:end].T), whole[:, begin:end])
+
+
+LARGEST = np.finfo(np.float32).max
+ODD = [np.nan, np.inf, -np.inf, LARGEST, -LARGEST, 1e30]
+
+
+@pytest.mark.parametrize("odd", [*ODD, np.uint32(0xFFFFFFFF).view(np.float32)])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+def test_odd_numbers_leave_the_bits_of_other_rows_and_columns(isa, odd, a_transposed, b_transposed):
+    a, b, bias = normal(0, (70, 200)), normal(1, (200, 100)), normal(2, 100)
+    a, b = laid_out(a, a_transposed), laid_out(b, b_transposed)
+    slope = np.empty((70, 100), np.float32)
+    clean = product(a, b, bias=bias, then="gelu", slope=slope)
+    a[41, 130], b[199, 77], b[3, 99] = odd, odd, -odd
+    y = product(a, b, bias=bias, then="gelu", slope=np.empty_like(slope))
+    rows, columns = np.arange(70) != 41, ~np.isin(np.arange(100), (77, 99))
+    np.testing.assert_array_equal(y[np.ix_(rows, columns)], clean[np.ix_(rows, columns)])
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_numbers_become_what_multiply_adds_make_of_them(isa, odd):
+    a, b = np.ones((40, 128), np.float32), np.ones((128, 40), np.float32)
+    a[7, 5], b[90, 9], b[5, 20], b[5, 21] = odd, odd, 1e10, 0
+    with np.errstate(all="ignore"):
+        expected = np.stack([(a[i, :, None] * b).sum(axis=0, dtype=np.float32) for i in range(40)])
+    np.testing.assert_allclose(product(a, b), expected, rtol=1e-6)
+    # Each overflows on its own, and so do products of their pieces, with either sign.
+    huge = np.full((40, 128), 1e30 * (1 + 2**-9), np.float32)
+    np.testing.assert_array_equal(product(huge, huge.T), np.full((40, 40), np.inf))
 
 
 def activations(x):

@@ -36,6 +36,7 @@ namespace {
 #include "kernel/amx.inl"
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
+#include "kernel/product_amx.inl"
 #endif
 // clang-format on
 
@@ -58,30 +59,41 @@ constexpr Kernels kernels{LANES<Compute<E>>,
                           multiply_adds<E>};
 
 template <class T>
-constexpr LayerKernels layer_kernels_of{
-    PANEL<T>,         product_scratch<T>, product<T>,
-    activate_rows<T>, layer_norm<T>,      layer_norm_backward<T>,
-    adamw<T>,         log_sum_exp<T>,     softmax_gradient<T>,
-    gather<T>,        scatter<T>,         drop_rows<T>};
-
+constexpr LayerKernels layer_kernels_of{256,
+                                        PRODUCT_ROWS,
+                                        PANEL<T>,
+                                        product_scratch<T>,
+                                        product<T>,
+                                        activate_rows<T>,
+                                        layer_norm<T>,
+                                        layer_norm_backward<T>,
+                                        adamw<T>,
+                                        log_sum_exp<T>,
+                                        softmax_gradient<T>,
+                                        gather<T>,
+                                        scatter<T>,
+                                        drop_rows<T>};
 #if defined(FUSEDATTN_AMX)
 template <class E>
-constexpr Kernels amx_kernels{LANES<float>,
-                              8,
-                              FEW,
-                              PIECES<E> == 3 ? 96 : 0,
-                              BACK_QUERIES,
-                              BACK_KEYS,
-                              forward_scratch_amx<E>,
-                              forward_amx<E>,
-                              few_scratch_amx<E>,
-                              forward_few_amx<E>,
-                              delta<E>,
-                              visible_blocks,
-                              backward_scratch<E>,
-                              backward<E>,
-                              round_rows<E>,
-                              PIECES<E> == 1 ? multiply_tiles_flops : multiply_adds<E>};
+constexpr Kernels amx_kernels = [] {
+  Kernels k = kernels<E>;
+  k.sub_blocks = 8;
+  k.least_dims = PIECES<E> == 3 ? 96 : 0;
+  k.forward_scratch = forward_scratch_amx<E>;
+  k.forward = forward_amx<E>;
+  k.few_scratch = few_scratch_amx<E>;
+  k.forward_few = forward_few_amx<E>;
+  if (PIECES<E> == 1) k.multiply_adds = multiply_tiles_flops;
+  return k;
+}();
+constexpr LayerKernels layer_kernels_amx = [] {
+  LayerKernels k = layer_kernels_of<float>;
+  k.rows_at_once = 512;
+  k.rows_together = k.panel = BAND;
+  k.product_scratch = product_amx_scratch;
+  k.product = product_amx;
+  return k;
+}();
 #endif
 
 }  // namespace
@@ -94,7 +106,7 @@ constinit const KernelTable FUSEDATTN_TABLE{
     &FUSEDATTN_BASE,
     {&amx_kernels<float>, nullptr, &amx_kernels<Half>, &amx_kernels<BFloat>},
     read_stream,
-    {nullptr, nullptr}};
+    {&layer_kernels_amx, nullptr}};
 #elif defined(FUSEDATTN_BASE)
 extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{FUSEDATTN_ISA_NAME,

@@ -85,7 +85,9 @@ struct DropRows {
 
 // The functions of one element type, float32 or float64. Ranges are of rows.
 struct LayerKernels {
-  index_t panel;  // columns of C that are computed together
+  index_t rows_at_once;   // of A, packed, at most: as fit L2 beside a panel of B
+  index_t rows_together;  // a multiple of which a task should have
+  index_t panel;          // columns of C that are computed together
   std::size_t (*product_scratch)(const Product&, index_t rows);
   void (*product)(const Product&, index_t i0, index_t rows, index_t j0, index_t j1,
                   index_t next_rows, void* scratch);

@@ -90,18 +90,35 @@ FA_INLINE void multiply_panel(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, 
   if (p < n) step(a, b);
 }
 
-// sums[i] += sum over p < depth of a[i0 + i][k0 + p], where a's columns are contiguous.
+// sums[i] += sum over p < depth of a[i0 + i][k0 + p], where a's columns are contiguous. Four
+// vectors at once hide each other's latency.
 template <class T>
 FA_NOINLINE void sum_rows(const Matrix& a, index_t i0, index_t rows, index_t k0, index_t depth,
                           bool first, T* sums) {
   const char* src = a.data + i0 * index_t(sizeof(T)) + k0 * a.col;
-  for_columns<T>(rows, [&](index_t i, int lanes) __attribute__((always_inline)) {
-    Vec<T> sum{};
-    for (index_t p = 0; p < depth; p++)
-      sum += load_lanes(reinterpret_cast<const T*>(src + p * a.col) + i, lanes);
-    if (!first) sum += load_lanes(sums + i0 + i, lanes);
-    store_lanes(sums + i0 + i, sum, lanes);
-  });
+  for (index_t i = 0; i < rows; i += 4 * W<T>) {
+    const index_t n = min_index(4 * W<T>, rows - i);
+    Vec<T> sum[4] = {};
+    const auto each = [&](auto&& f) __attribute__((always_inline)) {
+      FA_UNROLL
+      for (int v = 0; v < 4; v++) f(sum[v], i + v * W<T>, int(n - v * W<T>));
+    };
+    for (index_t p = 0; p < depth; p++) {
+      const T* row = reinterpret_cast<const T*>(src + p * a.col);
+      if (n == 4 * W<T>)
+        each([&](Vec<T>& s, index_t at, int) { s += load(row + at); });
+      else
+        each([&](Vec<T>& s, index_t at, int lanes) {
+          if (lanes > 0) s += load_n(row + at, int(min_index(lanes, W<T>)));
+        });
+    }
+    each([&](Vec<T>& s, index_t at, int lanes) {
+      if (lanes <= 0) return;
+      const int own = int(min_index(lanes, W<T>));
+      if (!first) s += load_lanes(sums + i0 + at, own);
+      store_lanes(sums + i0 + at, s, own);
+    });
+  }
 }
 
 // What becomes of the sums of one tile, n columns wide, in columns from j.

@@ -8,6 +8,7 @@ import numpy as np
 
 from fusedattn import _core
 from fusedattn.nn import Array
+from fusedattn.nn._core_ops import empty
 
 
 def cross_entropy(
@@ -82,7 +83,7 @@ def cross_entropy(
         share[rows] = -a * dloss * weights[chosen]
         if label_smoothing:
             share[rows] -= b * dloss * weights.sum()
-        d = np.empty_like(logits)
+        d = empty(logits.shape, logits.dtype)
         _core.softmax_gradient(logits, lse, share, d)
         if label_smoothing:
             d[rows] += b * dloss * weights

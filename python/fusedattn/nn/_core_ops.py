@@ -7,10 +7,24 @@ are faster (docs/layers.md says more).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fusedattn import _core
 from fusedattn.nn._types import Array, Rng
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """An array that begins at a cache line.
+
+    NumPy's large ones begin 16 bytes after one, so that every vector of 64 bytes straddles two
+    lines: a product takes 20 % longer.
+    """
+    size = math.prod(shape)
+    memory = np.empty(size + 64 // dtype.itemsize, dtype)
+    first = -memory.__array_interface__["data"][0] % 64 // dtype.itemsize
+    return memory[first : first + size].reshape(shape)
 
 
 def rows_of(x: Array) -> Array:
@@ -49,21 +63,21 @@ def product(
     -------
     array (m, n)
     """
-    c = np.empty((a.shape[0], b.shape[1]), a.dtype)
+    c = empty((a.shape[0], b.shape[1]), a.dtype)
     _core.product(a, b, c, bias, added, slope, row_sums, then)
     return c
 
 
 def activate(x: Array, then: str) -> tuple[Array, Array]:
     """An activation and its derivative, element by element."""
-    y, slope = np.array(x, order="C"), np.empty(x.shape, x.dtype)
+    y, slope = np.array(x, order="C"), empty(x.shape, x.dtype)
     _core.activate(y, slope, then)
     return y, slope
 
 
 def gather_sum(tables: list[Array], ids: list[Array]) -> Array:
     """The sum over i of tables[i][ids[i]]; ids are int64."""
-    y = np.empty((len(ids[0]), tables[0].shape[1]), tables[0].dtype)
+    y = empty((len(ids[0]), tables[0].shape[1]), tables[0].dtype)
     _core.gather_sum(tables, ids, y)
     return y
 
@@ -80,7 +94,7 @@ def scatter_sum(x: Array, ids: Array, rows: int) -> Array:
 
 def drop(x: Array, added: Array | None, p: float, seed: int) -> Array:
     """added + x with each element zeroed with probability p, the rest scaled by 1 / (1 - p)."""
-    y = np.empty(x.shape, x.dtype)
+    y = empty(x.shape, x.dtype)
     threshold = min(round((1.0 - p) * 2**32), 2**32 - 1)
     _core.drop_rows(x, added, y, seed, threshold, 2.0**32 / threshold)
     return y

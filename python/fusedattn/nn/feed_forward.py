@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
-from fusedattn.nn._core_ops import product, rows_of
+from fusedattn.nn._core_ops import empty, product, rows_of
 from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng
 from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
@@ -57,7 +55,7 @@ def feed_forward(
     """
     up, down, x = params["up"], params["down"], rows_of(x)
     name = activation_of(activation).__name__
-    slope = np.empty((len(x), len(up["bias"])), x.dtype)
+    slope = empty((len(x), len(up["bias"])), x.dtype)
     a = product(x, up["weight"].T, bias=up["bias"], then=name, slope=slope)
     y = product(a, down["weight"].T, bias=down["bias"], added=added)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn import _core
-from fusedattn.nn._core_ops import rows_of
+from fusedattn.nn._core_ops import empty, rows_of
 from fusedattn.nn._types import VJP, Array, Params, Rng
 
 
@@ -38,12 +38,12 @@ def layer_norm(params: Params, x: Array, eps: float = 1e-12) -> tuple[Array, VJP
         dy (T, width) -> (dparams, dx).
     """
     weight, x = params["weight"], rows_of(x)
-    y = np.empty(x.shape, x.dtype)
+    y = empty(x.shape, x.dtype)
     mean, rstd = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     _core.layer_norm(x, y, weight, params["bias"], mean, rstd, eps)
 
     def vjp(dy: Array) -> tuple[Params, Array]:
-        dx = np.empty(x.shape, x.dtype)
+        dx = empty(x.shape, x.dtype)
         dweight, dbias = np.empty_like(weight), np.empty_like(weight)
         _core.layer_norm_backward(x, rows_of(dy), dx, weight, mean, rstd, dweight, dbias)
         return {"weight": dweight, "bias": dbias}, dx

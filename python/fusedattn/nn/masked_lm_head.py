@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn.nn._core_ops import product, rows_of
+from fusedattn.nn._core_ops import empty, product, rows_of
 from fusedattn.nn._types import VJP2, Array, Params, Rng
 from fusedattn.nn.feed_forward import activation_of
 from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
@@ -54,7 +54,7 @@ def masked_lm_head(
     """
     dense, chosen = params["dense"], rows_of(x if rows is None else x[rows])
     weight = rows_of(weight)
-    slope = np.empty((len(chosen), len(dense["bias"])), x.dtype)
+    slope = empty((len(chosen), len(dense["bias"])), x.dtype)
     name = activation_of(activation).__name__
     a = product(chosen, dense["weight"].T, bias=dense["bias"], then=name, slope=slope)
     n, norm_vjp = layer_norm(params["norm"], a, eps)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusedattn import attention_varlen, attention_varlen_backward
-from fusedattn.nn._core_ops import draw_seed
+from fusedattn.nn._core_ops import draw_seed, empty
 from fusedattn.nn._types import Array, Params, ResidualVJP, Rng
 from fusedattn.nn.linear import init_linear, linear
 
@@ -74,7 +74,7 @@ def self_attention(
 
     def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
         dout, do = out_vjp(dy)
-        dqkv = np.empty_like(qkv)
+        dqkv = empty(qkv.shape, qkv.dtype)
         into = tuple(dqkv.reshape(shape).swapaxes(0, 1))
         attention_varlen_backward(
             do.reshape(o.shape), q, k, v, o, lse, cu_seqlens, cu_seqlens, into=into, **rules
