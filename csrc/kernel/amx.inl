@@ -97,6 +97,10 @@ template <int MI, int NJ, class Work> FA_INLINE void multiply_tiles(Work& meanwh
 struct Nothing {
   FA_INLINE_MEMBER void operator()() {}
 };
+template <int MI, int NJ> FA_INLINE void multiply_tiles() {
+  Nothing nothing;
+  multiply_tiles<MI, NJ>(nothing);
+}
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");
   if (NJ == 2) asm volatile("tilezero %tmm1");
@@ -190,9 +194,8 @@ static double multiply_tiles_flops(index_t rounds) {
   load_words_tiles<2>(p, 0);
   load_rows_tiles<1>(p, 64);
   load_words_tiles<1>(p, 64);
-  Nothing nothing;
   const index_t calls = rounds / 32;  // a tile takes 16 cycles, a vector half of one
-  for (index_t r = 0; r < calls; r++) multiply_tiles<2, 2>(nothing);
+  for (index_t r = 0; r < calls; r++) multiply_tiles<2, 2>();
   return double(calls) * 4 * TILE * TILE * DEPTH * 2;
 }
 

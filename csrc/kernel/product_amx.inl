@@ -173,7 +173,7 @@ template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
     x[v] = load(sums + v * TILE);
     check = fma<float>(x[v], Vec<float>{}, check);
   }
-  if (any_lane((IntVec<float>)(check != Vec<float>{})) && !s.mended) {
+  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.mended) {
     mend(p, s);
     for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
   }
