@@ -97,29 +97,17 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
     }
   }
 }
-template <class E, int NI, int NJ, bool PLAIN, class T = Compute<E>>
-FA_INLINE void probability_rest(int rows, const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
-                                index_t i0, index_t key, index_t d, index_t d_v, const T* lse2,
-                                const T* delta, bool need_ds) {
-  if constexpr (NI > 0) {
-    if (rows == NI)
-      probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
-    else
-      probability_rest<E, NI - 1, NJ, PLAIN>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
-                                             need_ds);
-  }
-}
+// Lower than the other products' tiles: the exponentials want registers of their own.
+template <int NJ>
+inline constexpr int PROBABILITY_ROWS = tile_rows<NJ> < 16 / NJ ? tile_rows<NJ> : 16 / NJ;
+
 template <class E, int NJ, bool PLAIN, class T = Compute<E>>
 FA_NOINLINE void probability_columns(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                      index_t begin, index_t end, index_t key, index_t d,
                                      index_t d_v, const T* lse2, const T* delta, bool need_ds) {
-  constexpr int NI = tile_rows<NJ>;
-  index_t i = begin;
-  for (; i + NI <= end; i += NI)
-    probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
-  if (i < end)
-    probability_rest<E, NI - 1, NJ, PLAIN>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
-                                           need_ds);
+  in_tiles<PROBABILITY_ROWS<NJ>>(end - begin, [&]<int NI>(index_t i) FA_TILE {
+    probability_tile<E, NI, NJ, PLAIN>(b, q, dout, begin + i, key, d, d_v, lse2, delta, need_ds);
+  });
 }
 
 // P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of
