@@ -40,17 +40,10 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
     index_t low = max_index(any.low, b.k0) - b.k0, high = min_index(any.high, b.k0 + b.nk) - b.k0;
     if (low >= high) low = high = 0;
     strips.keys[s] = {low / W<T> * W<T>, round_up<T>(high)};
-    for (index_t q = begin; q < end; q++) {
-      const Interval v = visible_keys(rules, q);
-      T* row = b.dense + (q - q0) * BACK_KEYS;
-      if (dense)
-        dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
-      else
-        for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
-      if (b.keep) keep_row<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS);
-      for (index_t c = 0; c < b.nk_padded; c++)
-        row[c] = c < b.nk && b.k0 + c >= v.low && b.k0 + c < v.high ? row[c] : -Bits<T>::infinity;
-    }
+    dense_rows<E>(rules, use_mask, !strips.whole, begin, end, b.k0, b.nk,
+                  b.dense + s * STRIP * BACK_KEYS, BACK_KEYS);
+    for (index_t q = begin; q < end && b.keep; q++)
+      keep_row<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS);
   }
   return true;
 }

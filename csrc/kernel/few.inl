@@ -106,14 +106,16 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
       store(x.p + i, splat(T(rules.softcap) * T(LOG2E)) * tanh<T>(load(x.p + i)));
   x.has_dense = has_dense(rules, rules.mask.data != nullptr) || ragged;
   if (x.has_dense) {
-    dense_row<E>(rules, rules.mask.data != nullptr, x.query, k0, n, x.dense);
-    for (index_t i = 0; i < n; i++) {
-      const bool visible = k0 + i >= x.keys.low && k0 + i < x.keys.high;
-      const T add = visible ? x.dense[i] : -Bits<T>::infinity;
-      x.dense[i] = add;
-      x.p[i] = add == -Bits<T>::infinity ? add : x.p[i] + add;
-      x.seen |= add != -Bits<T>::infinity;
+    dense_rows<E>(rules, rules.mask.data != nullptr, ragged, x.query, x.query + 1, k0, n, x.dense,
+                  0);
+    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    IntVec<T> seen{};
+    for (index_t i = 0; i < padded; i += W<T>) {
+      const Vec<T> add = load(x.dense + i);
+      seen |= (IntVec<T>)(add != minus_inf);
+      store(x.p + i, add == minus_inf ? minus_inf : load(x.p + i) + add);
     }
+    for (int i = 0; i < W<T>; i++) x.seen |= seen[i] != 0;
   } else {
     x.seen = true;
   }

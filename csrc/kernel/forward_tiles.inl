@@ -120,13 +120,3 @@ FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t dv, T*
     store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
   }
 }
-
-// The dense part of a range of keys: dense[key][query], or one value a key (step 0).
-template <class T> struct Dense {
-  const T* data;  // null: none
-  index_t key_step, vector_step;
-};
-template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
-  const T* p = d.data + key * d.key_step;
-  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
-}
