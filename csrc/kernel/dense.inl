@@ -76,26 +76,24 @@ template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int
   return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
 }
 
-// W queries whose dense part is made, and what is the same for all their keys.
+// W queries whose dense part is made.
 template <class T> struct DenseColumn {
   index_t query[W<T>];
-  Vec<T> position, low, high;  // of the queries and of the keys they see, counted from k0
-  IntVec<T> segment;
+  alignas(64) T position[W<T>], low[W<T>], high[W<T>];  // theirs, their keys'; counted from k0
+  alignas(64) typename Bits<T>::type segment[W<T>];
 };
 template <class T>
-FA_INLINE DenseColumn<T> dense_column(const Rules& rules, const Queries<T>& x, index_t r,
-                                      index_t k0, index_t n) {
-  DenseColumn<T> column{};
+FA_INLINE void dense_column(DenseColumn<T>& column, const Rules& rules, const Queries<T>& x,
+                            index_t r, index_t k0, index_t n, bool ragged) {
   for (int i = 0; i < W<T>; i++) {
     const index_t q = x.first + min_index(r + i, x.count - 1);
-    const Interval keys = visible_keys(rules, q);
+    const Interval keys = ragged ? visible_keys(rules, q) : Interval{k0, k0 + n};
     column.query[i] = q;
     column.position[i] = T(q + rules.q_offset - k0);
     column.low[i] = T(max_index(min_index(keys.low - k0, n), 0));
     column.high[i] = T(max_index(min_index(keys.high - k0, n), 0));
-    if (rules.segments.q_number) column.segment[i] = rules.segments.q_number[q];
+    column.segment[i] = rules.segments.q_number ? rules.segments.q_number[q] : 0;
   }
-  return column;
 }
 
 // words[i]: bytes sizeof(T) * i to sizeof(T) * (i + 1) of each query's mask, from `key` on; 0 from
@@ -106,6 +104,7 @@ FA_INLINE void transpose_mask(const Matrix& mask, const DenseColumn<T>& column, 
   for (int i = 0; i < W<T>; i++) {
     const char* p = mask.data + column.query[i] * mask.row + key * mask.col;
     if (mask.col == 1 && key + FUSEDATTN_VECTOR_BYTES <= end) {
+      prefetch_near(p + FUSEDATTN_VECTOR_BYTES);
       words[i] = load(reinterpret_cast<const T*>(p));
     } else {
       alignas(64) char bytes[FUSEDATTN_VECTOR_BYTES] = {};
@@ -129,7 +128,11 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
   const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
   for (index_t r = 0; r < lanes; r += W<T>) {
-    const DenseColumn<T> column = dense_column<T>(rules, x, r, k0, n);
+    DenseColumn<T> column;
+    dense_column<T>(column, rules, x, r, k0, n, ragged);
+    const Vec<T> position = load(column.position), low = load(column.low), high = load(column.high);
+    IntVec<T> segment;
+    __builtin_memcpy(&segment, column.segment, sizeof(segment));
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));
@@ -144,7 +147,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
       if (slanted) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
-          const Vec<T> y = alibi<T>(slope, first + splat(T(j)), column.position);
+          const Vec<T> y = alibi<T>(slope, first + splat(T(j)), position);
           t[j] = bias.data ? add_bias<T>(t[j], y) : y;
         }
       } else if (bias.data) {
@@ -162,13 +165,13 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
       }
       if (rules.segments.q_number)
         for (int j = 0; j < min_index(n - c, W<T>); j++)
-          t[j] = column.segment == rules.segments.k_number[k0 + c + j] ? t[j] : minus_inf;
+          t[j] = segment == rules.segments.k_number[k0 + c + j] ? t[j] : minus_inf;
       if (ragged || c + W<T> > n) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
           const Vec<T> key = first + splat(T(j));
-          t[j] = key >= column.low ? t[j] : minus_inf;
-          t[j] = key < column.high ? t[j] : minus_inf;
+          t[j] = key >= low ? t[j] : minus_inf;
+          t[j] = key < high ? t[j] : minus_inf;
         }
       }
       use(r, c, t);
