@@ -14,10 +14,10 @@ struct Strips {
 
 template <class T> struct BackwardBlock {
   index_t k0, nk, nk_padded;
-  T *kt, *vt;         // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
-  T factor;           // scale * log2(e), or what a softcap makes of it
-  T* k;               // (BACK_KEYS, ld) K * scale
-  T *p, *ds, *dense;  // (BACK_QUERIES, BACK_KEYS)
+  T *kt, *vt;  // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
+  T factor, after = 1, q_factor = 1;  // of the logits (see logit_factors), of q when it is copied
+  T* k;                               // (BACK_KEYS, ld) K * scale
+  T *p, *ds, *dense;                  // (BACK_QUERIES, BACK_KEYS)
   // pairs: words of two queries (BACK_QUERIES / 2, BACK_KEYS); of two keys (BACK_QUERIES, BACK_KEYS
   // / 2), (BACK_KEYS / 2, ld); of two queries (BACK_QUERIES / 2, ld or ld_v)
   T *p_words, *ds_words, *ds_rows, *k_words, *q_words, *dout_words;
@@ -70,13 +70,13 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
                              index_t end, Interval keys, const T* lse2, const T* delta,
                              bool need_ds) {
   const Vec<T> zero{}, one = splat(T(1)), cap = splat(T(rules.softcap) * T(LOG2E)),
-                       kept = splat(T(rules.dropout.scale));
+                       kept = splat(T(rules.dropout.scale)), after = splat(b.after);
   for (index_t i = begin; i < end; i++) {
     const Vec<T> l = splat(lse2[i]), dl = splat(delta[i]);
     for (index_t at = i * BACK_KEYS + keys.low; at < i * BACK_KEYS + keys.high; at += W<T>) {
       const Vec<T> add = load(b.dense + at);
       const IntVec<T> masked = add == splat(-Bits<T>::infinity);
-      Vec<T> s = load(b.p + at), slope = one;
+      Vec<T> s = load(b.p + at) * after, slope = one;
       if (b.bent) {
         const Vec<T> t = tanh<T>(s);
         slope = one - t * t;

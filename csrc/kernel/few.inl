@@ -101,6 +101,9 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
   const Rules& rules = x.head->rules;
   const bool ragged = x.keys.low > k0 || x.keys.high < k0 + n;
   const index_t padded = round_up<T>(n);
+  const T after = T(logit_factors<T>(x.head->scale, rules).after);
+  for (index_t i = 0; after != 1 && i < padded; i += W<T>)
+    store(x.p + i, load(x.p + i) * splat(after));
   if (rules.softcap > 0)
     for (index_t i = 0; i < padded; i += W<T>)
       store(x.p + i, splat(T(rules.softcap) * T(LOG2E)) * tanh<T>(load(x.p + i)));
@@ -223,7 +226,7 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
   const bool paged = h.pages.table;
   const bool k_native = !paged && is_native<E>(h.k) && (!PAIRS<E> || h.d % 2 == 0);
   const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
-  const T factor = T(logit_scale(h.scale, h.rules));
+  const T factor = T(logit_factors<T>(h.scale, h.rules).before);
 
   Row<T> rows[FEW];
   int count = 0;

@@ -11,6 +11,17 @@
 // multiply-adds (one a cycle), the exp pass 128 * 4 vectors at about 7 cycles (5 %), rescaling O 64
 // * 4 (0.4 %), storing and re-reading P 3 %.
 
+// S = S * factor, where a scale is out of the ordinary; the maximum over keys joins max_io.
+template <class T, int NQ> FA_NOINLINE void stretch(index_t n, T* p, T factor, T* max_io) {
+  for (index_t i = 0; i < n; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T *at = p + (i * NQ + j) * W<T>, *max = max_io + j * W<T>;
+    const Vec<T> s = load(at) * splat(factor);
+    store(at, s);
+    store(max, max_or_second<T>(s, load(max)));
+  }
+}
+
 // S = softcap * tanh(S), in log2 units; the maximum over keys joins max_io.
 template <class T, int NQ> FA_NOINLINE void bend(index_t n, T* p, T softcap, T* max_io) {
   const Vec<T> cap = splat(softcap * T(LOG2E));
@@ -40,11 +51,25 @@ FA_INLINE bool finite_values(Rows<T> v, index_t key, index_t n, index_t dv) {
     return all_finite<T>({v.data + key * v.ld, v.ld}, n, dv);
 }
 
+// The same of all rows of a block, found out once for all sub-blocks.
+struct Finite {
+  index_t rows;
+  enum { unknown, yes, no } known = unknown;
+};
+template <class E, class T = Compute<E>>
+FA_INLINE bool is_finite(Finite& f, Rows<T> v, index_t dv) {
+  if (f.known == Finite::unknown)
+    f.known = finite_values<E>(v, 0, f.rows, dv) ? Finite::yes : Finite::no;
+  return f.known == Finite::yes;
+}
+
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v,
-                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead) {
+                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead,
+                               Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
+  const Factors factors = logit_factors<T>(h.scale, h.rules);
   bool use_mask = h.rules.mask.data != nullptr;
   if (use_mask) {
     const Cover cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
@@ -68,8 +93,11 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
                plain = !ragged && !has_dense(h.rules, use_mask),
                per_key = !plain && !ragged && dense_is_per_key(h.rules, use_mask);
     const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
-    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(logit_scale(h.scale, h.rules)), pr,
-                  plain && !bent ? block_max : ignored);
+    const bool direct = plain && !bent && factors.after == 1;
+    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(factors.before), pr,
+                  direct ? block_max : ignored);
+    if (factors.after != 1)
+      stretch<T, NQ>(n, pr, T(factors.after), plain && !bent ? block_max : ignored);
     if (bent) bend<T, NQ>(n, pr, T(h.rules.softcap), plain ? block_max : ignored);
     if (plain) {
       FA_UNROLL
@@ -83,7 +111,7 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
     } else {
       make_and_add_dense<E>(h.rules, x, use_mask, ragged, a, a + n, pr, block_max);
     }
-    careful |= !finite_values<E>(v, a - block, n, h.dv);
+    careful |= !is_finite<E>(v_finite, v, h.dv);
   }
   for (int r = 0; careful && r < 3; r++)
     if (has_dense_part[r] && !dense[r].data)
@@ -232,7 +260,8 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
     if constexpr (PAIRS<E>)
       pack_words(h.q, q, x.count, h.d, x.q, lanes);
     else
-      pack_transposed<E>(h.q, q, x.count, h.d, T(logit_scale(h.scale, h.rules)), x.q, lanes);
+      pack_transposed<E>(h.q, q, x.count, h.d, T(logit_factors<T>(h.scale, h.rules).before), x.q,
+                         lanes);
     __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
     for (index_t i = 0; i < lanes; i++)
       x.max[i] = Bits<T>::lowest, x.sum[i] = x.total[i] = x.seen[i] = 0;
@@ -266,16 +295,19 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
       k = key_rows<E>(h.k, block, end - block, h.d, k_copy, k_in_place);
       v = value_rows<E>(h.v, block, end - block, h.dv, v_copy, v_in_place);
     }
+    Finite v_finite{end - block};
     for (int s = 0; s < n; s++) {
       Queries<T>& x = subs[s];
       index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
       if (k0 >= k1) continue;
       if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
-      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
-      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
+      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
       if constexpr (MAX_NJ >= 4) {
-        if (x.vectors == 3) forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
-        if (x.vectors == 4) forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
+        if (x.vectors == 3)
+          forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+        if (x.vectors == 4)
+          forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
       }
     }
   }

@@ -88,7 +88,17 @@ FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
          rules.alibi_slope == 0 && !rules.segments.q_number;
 }
 
-// Queries are multiplied by this on their way in: logits come out in log2 units, or ready for tanh.
-FA_INLINE double logit_scale(double scale, const Rules& rules) {
-  return rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
+// Logits come out in log2 units, or ready for tanh: queries are multiplied by `before` on their way
+// in and the products by `after`, which is 1 unless the scale is so far from 1 that queries times
+// it might leave the numbers' range although the logits do not. The first is a power of two then.
+struct Factors {
+  double before, after;
+};
+template <class T> FA_INLINE Factors logit_factors(double scale, const Rules& rules) {
+  const double unit = rules.softcap > 0 ? 1 / rules.softcap : LOG2E;
+  const double whole = rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
+  const double size = whole < 0 ? -whole : whole, usual = sizeof(T) == 4 ? 0x1p40 : 0x1p400;
+  if (size == 0 || (size <= usual && size >= 1 / usual)) return {whole, 1};
+  const double root = sizeof(T) == 4 ? 0x1p62 : 0x1p500, before = size > 1 ? root : 1 / root;
+  return {before, scale / before * unit};
 }
