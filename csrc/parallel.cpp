@@ -25,6 +25,9 @@
 #ifdef FUSEDATTN_PARALLEL_OPENMP
 #include <omp.h>
 #endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 namespace fusedattn {
 namespace {
@@ -37,12 +40,35 @@ void pause_cpu() {
 #endif
 }
 
+// How a thread computes, until the end of the scope. Kernels take results below the smallest normal
+// number for 0: an Intel core spends over a hundred cycles on each, and probabilities (ALiBi's of
+// far keys) and gradients have many. Operands keep what they are. Setting the mode, whatever it
+// was, also keeps the bits from depending on what the caller or PyTorch left there. Arm has no such
+// cost.
+class ArithmeticMode {
+ public:
+#ifdef __x86_64__
+  enum Mode : unsigned { unchanged = 0, ieee = 0x1f80, kernels = ieee | 0x8000 };
+  explicit ArithmeticMode(Mode mode) : before_(_mm_getcsr()) {
+    if (mode != unchanged) _mm_setcsr(mode);
+  }
+  ~ArithmeticMode() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  enum Mode { unchanged, ieee, kernels };
+  explicit ArithmeticMode(Mode) {}
+#endif
+};
+
 // One parallel loop under way.
 struct Job {
   index_t tasks;
   void (*body)(void*, index_t);
   void* context;
   Loop* loop;
+  ArithmeticMode::Mode arithmetic = ArithmeticMode::kernels;
   std::atomic<index_t> next{0};
   int wanted = 0;  // helpers still welcome (guarded by the pool's mutex)
   std::atomic<int> helping{0};
@@ -56,6 +82,7 @@ struct Job {
 
   // Runs tasks until none is left.
   void work() {
+    const ArithmeticMode mode(arithmetic);
     while (!is_cancelled(*loop)) {
       const index_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
@@ -179,6 +206,7 @@ bool is_cancelled(Loop& loop) {
     const auto now = std::chrono::steady_clock::now();
     if (now - loop.asked > std::chrono::milliseconds(100)) {
       loop.asked = now;
+      const ArithmeticMode mode(ArithmeticMode::ieee);  // handlers of signals are Python's
       if (loop.interrupted()) __atomic_store_n(&loop.cancelled, 1, __ATOMIC_RELAXED);
     }
   }
@@ -208,6 +236,7 @@ void run_all_at_once(int tasks, void (*body)(void*, index_t), void* context) {
   job.body = body;
   job.context = context;
   job.loop = &loop;
+  job.arithmetic = ArithmeticMode::unchanged;
   pool().run(job, tasks, true);
 }
 

@@ -150,3 +150,22 @@ def test_bias_gradient(isa, kept):
         expected = fused(p, num_threads=1)
         for num_threads in (2, 3, 8, 2):
             assert_same_bits(fused(p, num_threads=num_threads), expected)
+
+
+def test_whatever_the_thread_does_with_subnormal_numbers():
+    """Kernels have a mode of their own, and leave the caller's as it was."""
+    torch = pytest.importorskip("torch")
+    p = problem(((2,), 4, 4, 70, 300, 16), {"alibi_slopes": np.full(4, 2.0, np.float32)})
+    p.v[:, :, ::3] *= np.float32(1e-39)
+    expected = fused(p)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        got = fused(p)
+        assert torch.tensor([1e-39]) * 0.5 == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(got, expected)
+    assert torch.tensor([1e-39]) * 0.5 != 0
+    fused(p)
+    assert torch.tensor([1e-39]) * 0.5 != 0

@@ -29,6 +29,25 @@ def test_scale(isa, scale, dtype, sq):
 
 
 @both_kernels
+@pytest.mark.parametrize("moved", ["q", "k"])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(np.float32, 126), (np.float32, -100), (np.float64, 1020), (np.float64, -900)],
+)
+def test_scales_that_would_take_operands_out_of_range(isa, dtype, power, softcap, moved, sq):
+    """Scale and operand moved apart by a power of two leave the logits as they are."""
+    rules = {"softcap": softcap, "scale": 0.25}
+    expected = fused(problem(dtype, sq, **rules))
+    p = problem(dtype, sq, **rules | {"scale": 2.0 ** (power - 2)})
+    grow(getattr(p, moved), 2.0**-power)
+    got = fused(p)
+    grow(got["d" + moved], 2.0**-power)
+    for name, x in expected.items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@both_kernels
 @every_type
 def test_scale_0_is_the_mean(isa, dtype, sq):
     p = problem(dtype, sq, scale=0.0)

@@ -31,7 +31,7 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
   }
   const bool dense = has_dense(rules, use_mask);
   strips.whole = span.all.low <= b.k0 && span.all.high >= b.k0 + b.nk;
-  strips.plain = strips.whole && !dense && !b.bent && !b.keep;
+  strips.plain = strips.whole && !dense && !b.bent && !b.keep && b.after == T(1);
   strips.count = int((nq + STRIP - 1) / STRIP);
   if (strips.plain) return true;
   for (int s = 0; s < strips.count; s++) {
@@ -40,17 +40,10 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
     index_t low = max_index(any.low, b.k0) - b.k0, high = min_index(any.high, b.k0 + b.nk) - b.k0;
     if (low >= high) low = high = 0;
     strips.keys[s] = {low / W<T> * W<T>, round_up<T>(high)};
-    for (index_t q = begin; q < end; q++) {
-      const Interval v = visible_keys(rules, q);
-      T* row = b.dense + (q - q0) * BACK_KEYS;
-      if (dense)
-        dense_row<E>(rules, use_mask, q, b.k0, b.nk, row);
-      else
-        for (index_t c = 0; c < b.nk; c++) row[c] = T(0);
-      if (b.keep) keep_row<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS);
-      for (index_t c = 0; c < b.nk_padded; c++)
-        row[c] = c < b.nk && b.k0 + c >= v.low && b.k0 + c < v.high ? row[c] : -Bits<T>::infinity;
-    }
+    dense_rows<E>(rules, use_mask, !strips.whole, begin, end, b.k0, b.nk,
+                  b.dense + s * STRIP * BACK_KEYS, BACK_KEYS);
+    for (index_t q = begin; q < end && b.keep; q++)
+      keep_row<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS);
   }
   return true;
 }
@@ -92,11 +85,11 @@ FA_INLINE Operands<T> operands(const BackwardBlock<T>& b, const Matrix& qm, cons
 }
 template <class E, class T = Compute<E>>
 FA_INLINE Rows<T> query_rows(const Matrix& m, index_t r0, index_t rows, index_t cols, T* scratch,
-                             index_t ld, bool in_place) {
-  if constexpr (PAIRS<E>)
-    return key_rows<E>(m, r0, rows, cols, scratch, in_place);
-  else
-    return rows_at<E>(m, r0, rows, cols, scratch, ld, in_place);
+                             index_t ld, bool in_place, T factor = 1) {
+  if constexpr (PAIRS<E>) return key_rows<E>(m, r0, rows, cols, scratch, in_place);
+  if (in_place) return rows_at<E>(m, r0, rows, cols, scratch, ld, true);
+  copy_rows<E>(m, r0, rows, cols, factor, scratch, ld);
+  return {scratch, ld};
 }
 template <class E, class T = Compute<E>>
 FA_INLINE bool finite_rows(Rows<T> m, index_t rows, index_t cols) {
@@ -127,7 +120,7 @@ FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b,
     Matrix qm = h.q, dm = h.dout;
     qm.data += g * h.q_head;
     dm.data += g * h.dout_head;
-    const Rows<T> q = query_rows<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place);
+    const Rows<T> q = query_rows<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place, b.q_factor);
     const Rows<T> dout = query_rows<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
     const T* lse2 = static_cast<const T*>(h.lse2) + g * h.stat_head + q0;
     const T* delta = static_cast<const T*>(h.delta) + g * h.stat_head + q0;
@@ -243,12 +236,18 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   b.dk = carve<T>(free, BACK_KEYS * b.ld);
   b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
   b.dbias = carve<T>(free, BACK_KEYS);
-  const bool q_in_place = is_ready<E>(h.q, h.d) && (PAIRS<E> || h.d % W<T> == 0);
+  const Factors factors = logit_factors<T>(h.scale, h.rules);
+  b.factor = T(factors.before);
+  // An extraordinary scale goes on q and k alike: neither S nor dk then holds sums too small for a
+  // number.
+  const bool split = !PAIRS<E> && factors.after != 1;
+  b.q_factor = split ? b.factor : T(1);
+  b.after = T(factors.after / double(b.q_factor));
+  const bool q_in_place = !split && is_ready<E>(h.q, h.d) && (PAIRS<E> || h.d % W<T> == 0);
   const bool dout_in_place = is_ready<E>(h.dout, h.d_v) && (PAIRS<E> || h.d_v % W<T> == 0);
   b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
   b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
 
-  b.factor = T(logit_scale(h.scale, h.rules));
   if constexpr (PAIRS<E>) {
     b.p_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
     b.ds_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
@@ -274,7 +273,7 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
     if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
   }
 
-  const T dk_scale = PAIRS<E> ? T(1) : T(h.scale);  // pairs: dS was scaled
+  const T dk_scale = PAIRS<E> ? T(1) : T(h.scale / double(b.q_factor));  // pairs: dS was scaled
   if (h.dk.data) store_rows<E>(b.dk, b.ld, dk_scale, h.dk, b.k0, b.nk, h.d);
   if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
 }

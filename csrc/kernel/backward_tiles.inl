@@ -14,10 +14,10 @@ struct Strips {
 
 template <class T> struct BackwardBlock {
   index_t k0, nk, nk_padded;
-  T *kt, *vt;         // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
-  T factor;           // scale * log2(e), or what a softcap makes of it
-  T* k;               // (BACK_KEYS, ld) K * scale
-  T *p, *ds, *dense;  // (BACK_QUERIES, BACK_KEYS)
+  T *kt, *vt;  // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
+  T factor, after = 1, q_factor = 1;  // of the logits (see logit_factors), of q when it is copied
+  T* k;                               // (BACK_KEYS, ld) K * scale
+  T *p, *ds, *dense;                  // (BACK_QUERIES, BACK_KEYS)
   // pairs: words of two queries (BACK_QUERIES / 2, BACK_KEYS); of two keys (BACK_QUERIES, BACK_KEYS
   // / 2), (BACK_KEYS / 2, ld); of two queries (BACK_QUERIES / 2, ld or ld_v)
   T *p_words, *ds_words, *ds_rows, *k_words, *q_words, *dout_words;
@@ -70,13 +70,13 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
                              index_t end, Interval keys, const T* lse2, const T* delta,
                              bool need_ds) {
   const Vec<T> zero{}, one = splat(T(1)), cap = splat(T(rules.softcap) * T(LOG2E)),
-                       kept = splat(T(rules.dropout.scale));
+                       kept = splat(T(rules.dropout.scale)), after = splat(b.after);
   for (index_t i = begin; i < end; i++) {
     const Vec<T> l = splat(lse2[i]), dl = splat(delta[i]);
     for (index_t at = i * BACK_KEYS + keys.low; at < i * BACK_KEYS + keys.high; at += W<T>) {
       const Vec<T> add = load(b.dense + at);
       const IntVec<T> masked = add == splat(-Bits<T>::infinity);
-      Vec<T> s = load(b.p + at), slope = one;
+      Vec<T> s = load(b.p + at) * after, slope = one;
       if (b.bent) {
         const Vec<T> t = tanh<T>(s);
         slope = one - t * t;
@@ -97,29 +97,17 @@ FA_NOINLINE void apply_rules(const BackwardBlock<T>& b, const Rules& rules, inde
     }
   }
 }
-template <class E, int NI, int NJ, bool PLAIN, class T = Compute<E>>
-FA_INLINE void probability_rest(int rows, const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
-                                index_t i0, index_t key, index_t d, index_t d_v, const T* lse2,
-                                const T* delta, bool need_ds) {
-  if constexpr (NI > 0) {
-    if (rows == NI)
-      probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i0, key, d, d_v, lse2, delta, need_ds);
-    else
-      probability_rest<E, NI - 1, NJ, PLAIN>(rows, b, q, dout, i0, key, d, d_v, lse2, delta,
-                                             need_ds);
-  }
-}
+// Lower than the other products' tiles: the exponentials want registers of their own.
+template <int NJ>
+inline constexpr int PROBABILITY_ROWS = tile_rows<NJ> < 16 / NJ ? tile_rows<NJ> : 16 / NJ;
+
 template <class E, int NJ, bool PLAIN, class T = Compute<E>>
 FA_NOINLINE void probability_columns(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout,
                                      index_t begin, index_t end, index_t key, index_t d,
                                      index_t d_v, const T* lse2, const T* delta, bool need_ds) {
-  constexpr int NI = tile_rows<NJ>;
-  index_t i = begin;
-  for (; i + NI <= end; i += NI)
-    probability_tile<E, NI, NJ, PLAIN>(b, q, dout, i, key, d, d_v, lse2, delta, need_ds);
-  if (i < end)
-    probability_rest<E, NI - 1, NJ, PLAIN>(int(end - i), b, q, dout, i, key, d, d_v, lse2, delta,
-                                           need_ds);
+  in_tiles<PROBABILITY_ROWS<NJ>>(end - begin, [&]<int NI>(index_t i) FA_TILE {
+    probability_tile<E, NI, NJ, PLAIN>(b, q, dout, begin + i, key, d, d_v, lse2, delta, need_ds);
+  });
 }
 
 // P and dS for queries [begin, end) of the block and keys [keys.low, keys.high), both multiples of

@@ -4,9 +4,6 @@
 // live in lanes of 64, where one multiplication gives both halves; the upper half of a word may
 // hold anything.
 
-typedef uint64_t Wide __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
-inline constexpr int WIDE = FUSEDATTN_VECTOR_BYTES / 8;
-
 FA_INLINE Wide multiply_words(Wide a, uint32_t b) {
 #if FUSEDATTN_VECTOR_BYTES == 64
   return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
@@ -47,6 +44,7 @@ FA_INLINE Wide wide_numbers() {
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index_t n, T* p) {
   constexpr int lanes = NQ * W<T>;
+  typedef uint32_t Narrow __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES / 2)));
   alignas(64) uint32_t words[4][lanes < WIDE ? WIDE : lanes];
   for (index_t group = k0 / 4; group * 4 < k0 + n; group++) {
     for (int r = 0; r < lanes; r += WIDE) {
@@ -54,8 +52,10 @@ FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index
                    Wide{} + uint64_t(drop.head), Wide{} + uint64_t(drop.batch)};
       philox(c, drop.seed);
       FA_UNROLL
-      for (int w = 0; w < 4; w++)
-        for (int i = 0; i < WIDE; i++) words[w][r + i] = uint32_t(c[w][i]);
+      for (int w = 0; w < 4; w++) {
+        const Narrow narrow = __builtin_convertvector(c[w], Narrow);
+        __builtin_memcpy(words[w] + r, &narrow, sizeof(narrow));
+      }
     }
     for (int w = 0; w < 4; w++) {
       const index_t key = group * 4 + w - k0;
@@ -72,6 +72,15 @@ FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index
   }
 }
 
+// a[0], b[0], a[1], b[1], ...
+template <int... I> FA_INLINE void zip_wide(Wide a, Wide b, uint32_t* to, Seq<I...>) {
+  constexpr int half = WIDE / 2;
+  const Wide first = __builtin_shufflevector(a, b, (I / 2 + (I % 2 ? WIDE : 0))...);
+  const Wide second = __builtin_shufflevector(a, b, (half + I / 2 + (I % 2 ? WIDE : 0))...);
+  __builtin_memcpy(to, &first, sizeof(first));
+  __builtin_memcpy(to + 2 * WIDE, &second, sizeof(second));
+}
+
 // keep[key] = 1 where it is kept, else 0, for one query and keys [k0, k0 + n); k0 a multiple of 4.
 // Writes up to n rounded up to a multiple of 4 * WIDE.
 template <class T>
@@ -80,12 +89,9 @@ FA_NOINLINE void keep_row(const Dropout& drop, index_t query, index_t k0, index_
     Wide c[4] = {wide_numbers() + uint64_t((k0 + k) / 4), Wide{} + uint64_t(query),
                  Wide{} + uint64_t(drop.head), Wide{} + uint64_t(drop.batch)};
     philox(c, drop.seed);
-    uint32_t words[4 * WIDE];
-    FA_UNROLL
-    for (int i = 0; i < WIDE; i++) {
-      FA_UNROLL
-      for (int w = 0; w < 4; w++) words[4 * i + w] = uint32_t(c[w][i]);
-    }
+    const Wide low = (c[0] & 0xffffffff) | (c[1] << 32), high = (c[2] & 0xffffffff) | (c[3] << 32);
+    alignas(64) uint32_t words[4 * WIDE];
+    zip_wide(low, high, words, typename MakeSeq<WIDE>::type{});
     for (int i = 0; i < 4 * WIDE; i++) keep[k + i] = T(words[i] >= drop.threshold);
   }
 }

@@ -101,19 +101,24 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
   const Rules& rules = x.head->rules;
   const bool ragged = x.keys.low > k0 || x.keys.high < k0 + n;
   const index_t padded = round_up<T>(n);
+  const T after = T(logit_factors<T>(x.head->scale, rules).after);
+  for (index_t i = 0; after != 1 && i < padded; i += W<T>)
+    store(x.p + i, load(x.p + i) * splat(after));
   if (rules.softcap > 0)
     for (index_t i = 0; i < padded; i += W<T>)
       store(x.p + i, splat(T(rules.softcap) * T(LOG2E)) * tanh<T>(load(x.p + i)));
   x.has_dense = has_dense(rules, rules.mask.data != nullptr) || ragged;
   if (x.has_dense) {
-    dense_row<E>(rules, rules.mask.data != nullptr, x.query, k0, n, x.dense);
-    for (index_t i = 0; i < n; i++) {
-      const bool visible = k0 + i >= x.keys.low && k0 + i < x.keys.high;
-      const T add = visible ? x.dense[i] : -Bits<T>::infinity;
-      x.dense[i] = add;
-      x.p[i] = add == -Bits<T>::infinity ? add : x.p[i] + add;
-      x.seen |= add != -Bits<T>::infinity;
+    dense_rows<E>(rules, rules.mask.data != nullptr, ragged, x.query, x.query + 1, k0, n, x.dense,
+                  0);
+    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    IntVec<T> seen{};
+    for (index_t i = 0; i < padded; i += W<T>) {
+      const Vec<T> add = load(x.dense + i);
+      seen |= (IntVec<T>)(add != minus_inf);
+      store(x.p + i, add == minus_inf ? minus_inf : load(x.p + i) + add);
     }
+    for (int i = 0; i < W<T>; i++) x.seen |= seen[i] != 0;
   } else {
     x.seen = true;
   }
@@ -221,7 +226,7 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
   const bool paged = h.pages.table;
   const bool k_native = !paged && is_native<E>(h.k) && (!PAIRS<E> || h.d % 2 == 0);
   const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
-  const T factor = T(logit_scale(h.scale, h.rules));
+  const T factor = T(logit_factors<T>(h.scale, h.rules).before);
 
   Row<T> rows[FEW];
   int count = 0;

@@ -63,7 +63,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
                 v_cut = words_operand(free, PIECES<E>, KEY_BLOCK, h.dv),
                 q_cut = words_operand(free, PIECES<E>, h.d, TILE),
                 p_cut = rows_operand(free, P, TILE, KEY_BLOCK);
-  const T factor = T(logit_scale(h.scale, h.rules));
+  const T factor = T(logit_factors<T>(h.scale, h.rules).before);
 
   Row<T> rows[FEW];
   int count = 0;

@@ -11,83 +11,35 @@
 // multiply-adds (one a cycle), the exp pass 128 * 4 vectors at about 7 cycles (5 %), rescaling O 64
 // * 4 (0.4 %), storing and re-reading P 3 %.
 
-// S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io.
-template <class T, int NQ>
-FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T* seen) {
-  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
-  FA_UNROLL
-  for (int j = 0; j < NQ; j++) {
-    Vec<T> max = load(max_io + j * W<T>), any = load(seen + j * W<T>);
-    for (index_t i = 0; i < n; i++) {
-      T* at = p + (i * NQ + j) * W<T>;
-      const Vec<T> add = dense_at(dense, i, j);
-      const Vec<T> s = add == minus_inf ? minus_inf : load(at) + add;
-      any = add == minus_inf ? any : splat(T(1));
-      max = max_or_second<T>(s, max);
-      store(at, s);
-    }
-    store(max_io + j * W<T>, max);
-    store(seen + j * W<T>, any);
-  }
-}
-template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
+// S = S * factor, where a scale is out of the ordinary; the maximum over keys joins max_io.
+template <class T, int NQ> FA_NOINLINE void stretch(index_t n, T* p, T factor, T* max_io) {
   for (index_t i = 0; i < n; i++) FA_UNROLL
   for (int j = 0; j < NQ; j++) {
-    T* at = p + (i * NQ + j) * W<T>;
-    store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
+    T *at = p + (i * NQ + j) * W<T>, *max = max_io + j * W<T>;
+    const Vec<T> s = load(at) * splat(factor);
+    store(at, s);
+    store(max, max_or_second<T>(s, load(max)));
   }
 }
 
 // S = softcap * tanh(S), in log2 units; the maximum over keys joins max_io.
 template <class T, int NQ> FA_NOINLINE void bend(index_t n, T* p, T softcap, T* max_io) {
   const Vec<T> cap = splat(softcap * T(LOG2E));
-  for (index_t i = 0; i < n; i++) FA_UNROLL
-  for (int j = 0; j < NQ; j++) {
-    T *at = p + (i * NQ + j) * W<T>, *max = max_io + j * W<T>;
-    const Vec<T> s = cap * tanh<T>(load(at));
-    store(at, s);
-    store(max, max_or_second<T>(s, load(max)));
-  }
-}
-
-// Fills tile[key - k0][query] for keys [k0, k1): mask and bias, and the row intervals where they
-// cut through the range.
-template <class E, class T = Compute<E>>
-FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
-                                index_t k0, index_t k1, T* tile) {
-  const index_t n = k1 - k0, lanes = x.vectors * W<T>;
-  const bool dense = has_dense(rules, use_mask);
-  if (!dense && !ragged) return {nullptr, 0, 0};
-  if (dense && !ragged && dense_is_per_key(rules, use_mask)) {
-    dense_row<E>(rules, use_mask, x.first, k0, n, tile);
-    return {tile, 1, 0};
-  }
-  if (dense)
-    for (index_t r = 0; r < lanes; r += W<T>) {
-      alignas(64) T rows[W<T>][KEY_BLOCK];
-      for (int i = 0; i < W<T>; i++)
-        dense_row<E>(rules, use_mask, x.first + min_index(r + i, x.count - 1), k0, n, rows[i]);
-      const Matrix m{reinterpret_cast<char*>(rows), index_t(sizeof(rows[0])), index_t(sizeof(T))};
-      pack_transposed<T>(m, 0, W<T>, n, T(1), tile + r, lanes);
-    }
-  if (ragged) {
-    alignas(64) T low[LANES<T>], high[LANES<T>];  // relative to k0: small integers, exact in T
-    for (index_t r = 0; r < lanes; r++) {
-      const Interval v = visible_keys(rules, x.first + min_index(r, x.count - 1));
-      low[r] = T(max_index(min_index(v.low - k0, n), 0));
-      high[r] = T(max_index(min_index(v.high - k0, n), 0));
-    }
-    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
-    for (index_t r = 0; r < lanes; r += W<T>) {
-      const Vec<T> from = load(low + r), to = load(high + r);
-      for (index_t c = 0; c < n; c++) {
-        const Vec<T> key = splat(T(c)), before = dense ? load(tile + c * lanes + r) : Vec<T>{};
-        const Vec<T> begun = key >= from ? before : minus_inf;
-        store(tile + c * lanes + r, key < to ? begun : minus_inf);
-      }
+  Vec<T> max[NQ];
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
+#pragma GCC unroll 1
+  for (index_t i = 0; i < n; i++) {
+    FA_UNROLL
+    for (int j = 0; j < NQ; j++) {
+      T* at = p + (i * NQ + j) * W<T>;
+      const Vec<T> s = cap * tanh<T>(load(at));
+      store(at, s);
+      max[j] = max_or_second<T>(s, max[j]);
     }
   }
-  return {tile, lanes, W<T>};
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
 }
 
 // Is every element of V finite for n keys from `key` of the block?
@@ -99,11 +51,25 @@ FA_INLINE bool finite_values(Rows<T> v, index_t key, index_t n, index_t dv) {
     return all_finite<T>({v.data + key * v.ld, v.ld}, n, dv);
 }
 
+// The same of all rows of a block, found out once for all sub-blocks.
+struct Finite {
+  index_t rows;
+  enum { unknown, yes, no } known = unknown;
+};
+template <class E, class T = Compute<E>>
+FA_INLINE bool is_finite(Finite& f, Rows<T> v, index_t dv) {
+  if (f.known == Finite::unknown)
+    f.known = finite_values<E>(v, 0, f.rows, dv) ? Finite::yes : Finite::no;
+  return f.known == Finite::yes;
+}
+
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v,
-                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead) {
+                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead,
+                               Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
+  const Factors factors = logit_factors<T>(h.scale, h.rules);
   bool use_mask = h.rules.mask.data != nullptr;
   if (use_mask) {
     const Cover cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
@@ -117,26 +83,40 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
   // 1. scores, in up to three ranges: ragged, seen by every query, ragged
   index_t cut[4] = {k0, max_index(k0, min_index(k1, x.keys.all.low)), 0, k1};
   cut[2] = max_index(cut[1], min_index(k1, x.keys.all.high));
-  Dense<T> dense[3] = {};
-  bool careful = false;
+  Dense<T> dense[3] = {};  // made where V asks for care, and where it is one number a key
+  bool has_dense_part[3] = {}, careful = false;
   for (int r = 0; r < 3; r++) {
     const index_t a = cut[r], n = cut[r + 1] - a;
     if (n <= 0) continue;
-    T* pr = p + (a - k0) * lanes;
-    dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, a, a + n, tile + (a - k0) * lanes);
-    const bool bent = h.rules.softcap > 0, plain = !dense[r].data;
+    T *pr = p + (a - k0) * lanes, *tile_r = tile + (a - k0) * lanes;
+    const bool bent = h.rules.softcap > 0, ragged = r != 1,
+               plain = !ragged && !has_dense(h.rules, use_mask),
+               per_key = !plain && !ragged && dense_is_per_key(h.rules, use_mask);
     const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
-    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(logit_scale(h.scale, h.rules)), pr,
-                  plain && !bent ? block_max : ignored);
+    const bool direct = plain && !bent && factors.after == 1;
+    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(factors.before), pr,
+                  direct ? block_max : ignored);
+    if (factors.after != 1)
+      stretch<T, NQ>(n, pr, T(factors.after), plain && !bent ? block_max : ignored);
     if (bent) bend<T, NQ>(n, pr, T(h.rules.softcap), plain ? block_max : ignored);
     if (plain) {
       FA_UNROLL
       for (int j = 0; j < NQ; j++) store(x.seen + j * W<T>, splat(T(1)));
-    } else {
-      add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
-      careful |= !finite_values<E>(v, a - block, n, h.dv);
+      continue;
     }
+    has_dense_part[r] = true;
+    if (per_key) {
+      dense[r] = dense_tile<E>(h.rules, x, use_mask, ragged, a, a + n, tile_r);
+      add_dense<T, NQ>(n, pr, dense[r], block_max, x.seen);
+    } else {
+      make_and_add_dense<E>(h.rules, x, use_mask, ragged, a, a + n, pr, block_max);
+    }
+    careful |= !is_finite<E>(v_finite, v, h.dv);
   }
+  for (int r = 0; careful && r < 3; r++)
+    if (has_dense_part[r] && !dense[r].data)
+      dense[r] = dense_tile<E>(h.rules, x, use_mask, r != 1, cut[r], cut[r + 1],
+                               tile + (cut[r] - k0) * lanes);
 
   // 2. P = exp2(S - max), running maximum and sums
   if constexpr (PAIRS<E>)
@@ -246,8 +226,8 @@ template <class E> static size_t forward_scratch(const ForwardHead& h, index_t q
   const index_t subs =
       (queries + W<T> - 1) / W<T>;  // at most, if every sub-block were one vector wide
   const index_t lanes = round_up<T>(queries) + LANES<T>;
-  const index_t elements =
-      lanes * (h.d + h.dv + 4) + 2 * KEY_BLOCK * LANES<T> + KEY_BLOCK * (h.d + round_up<T>(h.dv));
+  const index_t elements = lanes * (h.d + h.dv + 4) + (2 * KEY_BLOCK + W<T>)*LANES<T> +
+                           KEY_BLOCK * (h.d + round_up<T>(h.dv));
   return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 7 * 64 +
          8 * 64;
 }
@@ -274,7 +254,7 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
   char* free = static_cast<char*>(scratch);
   const bool k_in_place = !h.pages.table && is_ready<E>(h.k, h.d),
              v_in_place = !h.pages.table && !PAIRS<E> && is_ready<E>(h.v);
-  T *p = carve<T>(free, KEY_BLOCK * LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
+  T *p = carve<T>(free, (KEY_BLOCK + W<T>)*LANES<T>), *tile = carve<T>(free, KEY_BLOCK * LANES<T>);
   T *k_copy = carve<T>(free, k_in_place ? 0 : KEY_BLOCK * h.d),
     *v_copy = carve<T>(free, v_in_place ? 0 : KEY_BLOCK * round_up<T>(h.dv));
   auto* subs = reinterpret_cast<Queries<T>*>(
@@ -296,7 +276,8 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
     if constexpr (PAIRS<E>)
       pack_words(h.q, q, x.count, h.d, x.q, lanes);
     else
-      pack_transposed<E>(h.q, q, x.count, h.d, T(logit_scale(h.scale, h.rules)), x.q, lanes);
+      pack_transposed<E>(h.q, q, x.count, h.d, T(logit_factors<T>(h.scale, h.rules).before), x.q,
+                         lanes);
     __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
     for (index_t i = 0; i < lanes; i++)
       x.max[i] = Bits<T>::lowest, x.sum[i] = x.total[i] = x.seen[i] = 0;
@@ -320,16 +301,19 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
       k = key_rows<E>(h.k, block, end - block, h.d, k_copy, k_in_place);
       v = value_rows<E>(h.v, block, end - block, h.dv, v_copy, v_in_place);
     }
+    Finite v_finite{end - block};
     for (int s = 0; s < n; s++) {
       Queries<T>& x = subs[s];
       index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
       if (k0 >= k1) continue;
       if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
-      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead);
-      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead);
+      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
       if constexpr (MAX_NJ >= 4) {
-        if (x.vectors == 3) forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead);
-        if (x.vectors == 4) forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead);
+        if (x.vectors == 3)
+          forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+        if (x.vectors == 4)
+          forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
       }
     }
   }

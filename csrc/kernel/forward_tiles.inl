@@ -30,38 +30,23 @@ FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T factor, T* p, Vec<
     }
   }
 }
-template <class E, int NI, int NQ, class T = Compute<E>>
-FA_INLINE void score_rest(int rows, Rows<T> k, const T* q, index_t d, T factor, T* p,
-                          Vec<T> (&max)[NQ]) {
-  if constexpr (NI > 0) {
-    if (rows == NI)
-      score_tile<E, NI, NQ>(k, q, d, factor, p, max);
-    else
-      score_rest<E, NI - 1, NQ>(rows, k, q, d, factor, p, max);
-  }
-}
 
 // p[key][query] = k[key] . q[query] for n keys (times factor for pairs: q is not scaled then); the
 // maximum over keys joins max_io. Fetches the next keys and these values.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv,
                         T factor, T* p, T* max_io) {
-  constexpr int NI = tile_rows<NQ>;
   Vec<T> max[NQ];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
-  index_t i = 0;
-  for (; i + NI <= n; i += NI) {
-    for (index_t r = 0; r < NI; r++) {
-      for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (i + NI + r) * k.ld + c);
+  in_tiles<tile_rows<NQ>>(n, [&]<int NI>(index_t i) FA_TILE {
+    for (index_t r = i; r < i + NI; r++) {
+      for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (r + NI) * k.ld + c);
       if constexpr (!PAIRS<E>)  // whose values were copied to scratch just now
-        for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + (i + r) * v.ld + c);
+        for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + r * v.ld + c);
     }
     score_tile<E, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, factor, p + i * NQ * W<T>, max);
-  }
-  if (i < n)
-    score_rest<E, NI - 1, NQ>(int(n - i), {k.data + i * k.ld, k.ld}, q, d, factor,
-                              p + i * NQ * W<T>, max);
+  });
   FA_UNROLL
   for (int j = 0; j < NQ; j++) store(max_io + j * W<T>, max[j]);
 }
@@ -111,26 +96,13 @@ FA_INLINE void value_tile(Rows<T> v, const T* p, T* o, const T* rescale, index_t
     }
   }
 }
-template <class E, int NI, int NQ, class T = Compute<E>>
-FA_INLINE void value_rest(int dims, Rows<T> v, const T* p, T* o, const T* rescale, index_t n) {
-  if constexpr (NI > 0) {
-    if (dims == NI)
-      value_tile<E, NI, NQ>(v, p, o, rescale, n);
-    else
-      value_rest<E, NI - 1, NQ>(dims, v, p, o, rescale, n);
-  }
-}
-
 // o[dim][query] = o * rescale + sum over n keys (pairs: words of two keys) of v[key][dim] *
 // p[key][query]
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t dv, T* o, const T* rescale) {
-  constexpr int NI = tile_rows<NQ>;
-  index_t i = 0;
-  for (; i + NI <= dv; i += NI)
+  in_tiles<tile_rows<NQ>>(dv, [&]<int NI>(index_t i) FA_TILE {
     value_tile<E, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
-  if (i < dv)
-    value_rest<E, NI - 1, NQ>(int(dv - i), {v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
+  });
 }
 
 // The same where V holds something that is not finite and P marks masked entries by -1: 0 * NaN
@@ -148,14 +120,4 @@ FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t dv, T*
     }
     store(at, fma<T>(load(at), load(rescale + j * W<T>), acc));
   }
-}
-
-// The dense part of a range of keys: dense[key][query], or one value a key (step 0).
-template <class T> struct Dense {
-  const T* data;  // null: none
-  index_t key_step, vector_step;
-};
-template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
-  const T* p = d.data + key * d.key_step;
-  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
 }

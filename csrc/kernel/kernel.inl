@@ -23,6 +23,7 @@ namespace {
 #include "kernel/rules.inl"
 #include "kernel/dropout.inl"
 #include "kernel/forward_tiles.inl"
+#include "kernel/dense.inl"
 #include "kernel/forward_pairs.inl"
 #include "kernel/forward.inl"
 #include "kernel/few.inl"

@@ -161,14 +161,22 @@ FA_INLINE void fetch_ahead(Ahead& a) {
 
 // Is every element finite? x * 0 is 0 for finite x and NaN otherwise.
 template <class T> FA_NOINLINE bool all_finite(Rows<T> m, index_t rows, index_t cols) {
-  Vec<T> zero{}, sum{};
-  for (index_t r = 0; r < rows; r++) {
-    const T* p = m.data + r * m.ld;
+  constexpr int chains = 4;  // sums that need not wait for each other
+  Vec<T> zero{}, sum[chains] = {};
+  for (index_t r = 0; r < rows; r += chains) {
+    const T* p[chains];
+    FA_UNROLL
+    for (int i = 0; i < chains; i++) p[i] = m.data + min_index(r + i, rows - 1) * m.ld;
     index_t c = 0;
-    for (; c + W<T> <= cols; c += W<T>) sum = fma<T>(load(p + c), zero, sum);
-    if (c < cols) sum = fma<T>(load_n(p + c, int(cols - c)), zero, sum);
+    for (; c + W<T> <= cols; c += W<T>) {
+      FA_UNROLL
+      for (int i = 0; i < chains; i++) sum[i] = fma<T>(load(p[i] + c), zero, sum[i]);
+    }
+    if (c == cols) continue;
+    FA_UNROLL
+    for (int i = 0; i < chains; i++) sum[i] = fma<T>(load_n(p[i] + c, int(cols - c)), zero, sum[i]);
   }
-  return sum_lanes<T>(sum) == T(0);
+  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) == T(0);
 }
 
 // Cuts a piece of scratch off the front; pieces are aligned to a cache line.

@@ -39,23 +39,40 @@ inline constexpr index_t DENSE_AHEAD = 128;  // keys fetched ahead: a block of f
 // What the boolean mask says of a tile as a whole.
 enum class Cover { none, some, all };
 
+typedef uint8_t Bytes __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
+typedef uint8_t LooseBytes
+    __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES), aligned(1), may_alias));
+
+FA_INLINE bool any_byte(Bytes b) {
+  const Wide w = (Wide)b;
+  uint64_t any = 0;
+  FA_UNROLL
+  for (int i = 0; i < WIDE; i++) any |= w[i];
+  return any != 0;
+}
 FA_NOINLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t k0, index_t nk) {
-  bool any = false, all = true;
+  constexpr index_t width = FUSEDATTN_VECTOR_BYTES;
   if (mask.row == 0) nq = min_index(nq, 1);
   if (mask.col == 0) nk = min_index(nk, 1);
+  bool any = false, all = true;
   for (index_t q = 0; q < nq; q++) {
     const char* p = mask.data + (q0 + q) * mask.row + k0 * mask.col;
-    unsigned char seen = 0, missing = 0;
     prefetch_far(p + DENSE_AHEAD * mask.col);
     prefetch_far(p + (DENSE_AHEAD + 64) * mask.col);
+    Bytes seen{}, missing{};
+    index_t k = 0;
     if (mask.col == 1)
-      for (index_t k = 0; k < nk; k++)
-        seen |= (unsigned char)p[k], missing |= (unsigned char)(p[k] == 0);
-    else
-      for (index_t k = 0; k < nk; k++)
-        seen |= (unsigned char)p[k * mask.col], missing |= (unsigned char)(p[k * mask.col] == 0);
-    any |= seen != 0;
-    all &= missing == 0;
+      for (; k + width <= nk; k += width) {
+        const Bytes b = *reinterpret_cast<const LooseBytes*>(p + k);
+        seen |= b;
+        missing |= (Bytes)(b == 0);
+      }
+    for (; k < nk; k++) {
+      any |= p[k * mask.col] != 0;
+      all &= p[k * mask.col] != 0;
+    }
+    any |= any_byte(seen);
+    all &= !any_byte(missing);
     if (any && !all) return Cover::some;
   }
   return any ? Cover::all : Cover::none;
@@ -71,58 +88,17 @@ FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
          rules.alibi_slope == 0 && !rules.segments.q_number;
 }
 
-// Queries are multiplied by this on their way in: logits come out in log2 units, or ready for tanh.
-FA_INLINE double logit_scale(double scale, const Rules& rules) {
-  return rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
-}
-
-template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
-  const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
-  return bias == splat(-Bits<T>::infinity) ? bias : max_or_second<T>(splat(Bits<T>::lowest), sum);
-}
-
-// row[k] = what is added to the logits of one query and keys [k0, k0 + n), times log2(e): ALiBi and
-// bias; -inf where mask or segments forbid or the bias is -inf. A bias so low that its product
-// would be -inf stays finite: where all of a row is that low, no key is masked. Writes up to a
-// multiple of W. Fetches the bias of the keys that come next: rows of a matrix in DRAM are too
-// short for the hardware to see it coming.
-template <class E, class T = Compute<E>>
-FA_NOINLINE void dense_row(const Rules& rules, bool use_mask, index_t q, index_t k0, index_t n,
-                           T* row) {
-  const Matrix& bias = rules.bias;
-  const bool native =
-      bias.data && is_native<E>({bias.data, 0, bias.col}) && bias.row % index_t(sizeof(E)) == 0;
-  const char* b = bias.data ? bias.data + q * bias.row + k0 * bias.col : nullptr;
-  // Distances are small integers, exact; counted from a fixed key, so that the bits do not depend
-  // on k0.
-  const index_t from = k0 / 64 * 64;
-  const Vec<T> zero{}, position = splat(T(q + rules.q_offset - from)),
-                       slope = splat(T(-rules.alibi_slope * LOG2E));
-  Vec<T> key = splat(T(k0 - from)) + lane_numbers<T>();
-  for (index_t k = 0; k < n; k += W<T>) {
-    Vec<T> x{};
-    if (rules.alibi_slope != 0) {
-      const Vec<T> ahead = key - position;
-      x = slope * (ahead < zero ? -ahead : ahead);
-      key += splat(T(W<T>));
-    }
-    if (native && k + W<T> <= n) {
-      prefetch_far(b + (k + DENSE_AHEAD) * bias.col);
-      x = add_bias<T>(load_as<E>(b + k * bias.col), x);
-    } else if (b) {
-      x = add_bias<T>(gather_as<E>(b + k * bias.col, bias.col, int(min_index(W<T>, n - k))), x);
-    }
-    store(row + k, x);
-  }
-  if (use_mask) {
-    const char* p = rules.mask.data + q * rules.mask.row + k0 * rules.mask.col;
-    if (rules.mask.col == 1)
-      for (index_t k = 0; k < n; k++) row[k] = p[k] ? row[k] : -Bits<T>::infinity;
-    else
-      for (index_t k = 0; k < n; k++) row[k] = p[k * rules.mask.col] ? row[k] : -Bits<T>::infinity;
-  }
-  if (rules.segments.q_number) {
-    const int32_t own = rules.segments.q_number[q], *p = rules.segments.k_number + k0;
-    for (index_t k = 0; k < n; k++) row[k] = p[k] == own ? row[k] : -Bits<T>::infinity;
-  }
+// Logits come out in log2 units, or ready for tanh: queries are multiplied by `before` on their way
+// in and the products by `after`, which is 1 unless the scale is so far from 1 that queries times
+// it might leave the numbers' range although the logits do not. The first is a power of two then.
+struct Factors {
+  double before, after;
+};
+template <class T> FA_INLINE Factors logit_factors(double scale, const Rules& rules) {
+  const double unit = rules.softcap > 0 ? 1 / rules.softcap : LOG2E;
+  const double whole = rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
+  const double size = whole < 0 ? -whole : whole, usual = sizeof(T) == 4 ? 0x1p40 : 0x1p400;
+  if (size == 0 || (size <= usual && size >= 1 / usual)) return {whole, 1};
+  const double root = sizeof(T) == 4 ? 0x1p62 : 0x1p500, before = size > 1 ? root : 1 / root;
+  return {before, scale / before * unit};
 }

@@ -54,6 +54,9 @@ template <class T> FA_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::loose*>(p) = v;
 }
 
+typedef uint64_t Wide __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
+inline constexpr int WIDE = FUSEDATTN_VECTOR_BYTES / 8;
+
 // 0, 1, 2, ...
 template <class T> FA_INLINE Vec<T> lane_numbers() {
   Vec<T> v{};
@@ -188,6 +191,22 @@ template <int S, class V, int... I> FA_INLINE V butterfly_low(V a, V b, Seq<I...
 template <int S, class V, int... I> FA_INLINE V butterfly_high(V a, V b, Seq<I...>) {
   constexpr int n = sizeof...(I);
   return __builtin_shufflevector(a, b, ((I & S) ? I + n : I + S)...);
+}
+
+// W integers, `step` bytes apart, as wide as elements; the first n, 0 beyond.
+template <class T, class I>
+FA_INLINE IntVec<T> load_integers(const char* p, index_t step, index_t n) {
+  typedef I Narrow __attribute__((vector_size(W<T> * sizeof(I))));
+  Narrow v{};
+  if (step == index_t(sizeof(I)) && n >= W<T>) {
+    __builtin_memcpy(&v, p, sizeof(v));
+  } else {
+    I x[W<T>] = {};
+    for (index_t i = 0; i < min_index(n, W<T>); i++)
+      __builtin_memcpy(x + i, p + i * step, sizeof(I));
+    __builtin_memcpy(&v, x, sizeof(v));
+  }
+  return __builtin_convertvector(v, IntVec<T>);
 }
 
 // Transposes W x W elements held in W registers, in log2(W) butterfly stages.

@@ -1,0 +1,258 @@
+// The dense part of a tile: what is added to its logits, times log2(e), where that is not the same
+// for all of them. ALiBi and bias; -inf where mask, segments or an interval forbid or the bias is
+// -inf. A bias so low that its product would be -inf stays finite: where all of a row is that low,
+// no key is masked.
+//
+// Backward and the few queries of decoding have keys in their lanes (dense_row), forward queries
+// (dense_tile): there a bias is transposed in registers, 4 shuffles for each vector of it, and a
+// mask four keys at a time, since the bytes of four keys are moved like one number.
+
+template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
+  const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
+  return bias == splat(-Bits<T>::infinity) ? bias : max_or_second<T>(splat(Bits<T>::lowest), sum);
+}
+template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> position) {
+  const Vec<T> ahead = key - position;
+  return slope * (ahead < Vec<T>{} ? -ahead : ahead);
+}
+
+// W elements of a row of the bias, n of which exist. Fetches those of the keys that come next: rows
+// of a matrix in DRAM are too short for the hardware to see it coming.
+template <class E, class T = Compute<E>>
+FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n) {
+  if (!native || n < W<T>) return gather_as<E>(p, col, int(min_index(n, W<T>)));
+  prefetch_far(p + DENSE_AHEAD * col);
+  return load_as<E>(p);
+}
+template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {
+  return is_native<E>({bias.data, 0, bias.col}) && bias.row % index_t(sizeof(E)) == 0;
+}
+
+// Rows of queries [begin, end) for keys [k0, k0 + n), `ld` elements apart, written up to a multiple
+// of W; -inf from n on. `ragged`: a query may see a part of the keys only.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void dense_rows(const Rules& rules, bool use_mask, bool ragged, index_t begin,
+                            index_t end, index_t k0, index_t n, T* rows, index_t ld) {
+  const Matrix &bias = rules.bias, &mask = rules.mask;
+  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const int32_t* segment = rules.segments.q_number ? rules.segments.k_number + k0 : nullptr;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
+  index_t low = 0, high = n;
+  for (index_t q = begin; q < end; q++, rows += ld) {
+    const char* b = bias.data ? bias.data + q * bias.row + k0 * bias.col : nullptr;
+    const char* m = use_mask ? mask.data + q * mask.row + k0 * mask.col : nullptr;
+    if (ragged) {
+      const Interval keys = visible_keys(rules, q);
+      low = max_index(min_index(keys.low - k0, n), 0);
+      high = max_index(min_index(keys.high - k0, n), 0);
+    }
+    for (index_t k = 0; k < n; k += W<T>) {
+      const Vec<T> key = splat(T(k)) + lane_numbers<T>();
+      Vec<T> x{};
+      if (slanted) x = alibi<T>(slope, key, splat(T(q + rules.q_offset - k0)));
+      if (b) x = add_bias<T>(load_bias<E>(b + k * bias.col, bias.col, native, n - k), x);
+      if (m) x = load_integers<T, uint8_t>(m + k * mask.col, mask.col, n - k) == 0 ? minus_inf : x;
+      if (segment) {
+        const char* at = reinterpret_cast<const char*>(segment + k);
+        const IntVec<T> own = IntVec<T>{} + rules.segments.q_number[q];
+        x = load_integers<T, int32_t>(at, sizeof(int32_t), n - k) == own ? x : minus_inf;
+      }
+      if (k < low || k + W<T> > high) {
+        x = key >= splat(T(low)) ? x : minus_inf;
+        x = key < splat(T(high)) ? x : minus_inf;
+      }
+      store(rows + k, x);
+    }
+  }
+}
+
+// The dense part of a range of keys: dense[key][query], or one value a key (step 0).
+template <class T> struct Dense {
+  const T* data;  // null: none
+  index_t key_step, vector_step;
+};
+template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int j) {
+  const T* p = d.data + key * d.key_step;
+  return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
+}
+
+// W queries whose dense part is made.
+template <class T> struct DenseColumn {
+  index_t query[W<T>];
+  alignas(64) T position[W<T>], low[W<T>], high[W<T>];  // theirs, their keys'; counted from k0
+  alignas(64) typename Bits<T>::type segment[W<T>];
+};
+template <class T>
+FA_INLINE void dense_column(DenseColumn<T>& column, const Rules& rules, const Queries<T>& x,
+                            index_t r, index_t k0, index_t n, bool ragged) {
+  for (int i = 0; i < W<T>; i++) {
+    const index_t q = x.first + min_index(r + i, x.count - 1);
+    const Interval keys = ragged ? visible_keys(rules, q) : Interval{k0, k0 + n};
+    column.query[i] = q;
+    column.position[i] = T(q + rules.q_offset - k0);
+    column.low[i] = T(max_index(min_index(keys.low - k0, n), 0));
+    column.high[i] = T(max_index(min_index(keys.high - k0, n), 0));
+    column.segment[i] = rules.segments.q_number ? rules.segments.q_number[q] : 0;
+  }
+}
+
+// words[i]: bytes sizeof(T) * i to sizeof(T) * (i + 1) of each query's mask, from `key` on; 0 from
+// `end` on.
+template <class T>
+FA_INLINE void transpose_mask(const Matrix& mask, const DenseColumn<T>& column, index_t key,
+                              index_t end, Vec<T> (&words)[W<T>]) {
+  for (int i = 0; i < W<T>; i++) {
+    const char* p = mask.data + column.query[i] * mask.row + key * mask.col;
+    if (mask.col == 1 && key + FUSEDATTN_VECTOR_BYTES <= end) {
+      prefetch_near(p + FUSEDATTN_VECTOR_BYTES);
+      words[i] = load(reinterpret_cast<const T*>(p));
+    } else {
+      alignas(64) char bytes[FUSEDATTN_VECTOR_BYTES] = {};
+      for (index_t k = 0; k < min_index(end - key, FUSEDATTN_VECTOR_BYTES); k++)
+        bytes[k] = p[k * mask.col];
+      words[i] = load(reinterpret_cast<const T*>(bytes));
+    }
+  }
+  transpose_registers<T>(words);
+}
+
+// Calls use(r, c, t) with the dense part t of keys k0 + c to k0 + c + W and queries r to r + W, for
+// all keys [k0, k1) and queries of x; -inf beyond k1. `ragged`: a query may see a part of the keys.
+template <class E, class F, class T = Compute<E>>
+FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
+                         index_t k0, index_t k1, F&& use) {
+  using Int = typename Bits<T>::type;
+  constexpr index_t at_once = FUSEDATTN_VECTOR_BYTES, size = sizeof(T);  // keys of a mask
+  const index_t n = k1 - k0, lanes = x.vectors * W<T>;
+  const Matrix& bias = rules.bias;
+  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    DenseColumn<T> column;
+    dense_column<T>(column, rules, x, r, k0, n, ragged);
+    const Vec<T> position = load(column.position), low = load(column.low), high = load(column.high);
+    IntVec<T> segment;
+    __builtin_memcpy(&segment, column.segment, sizeof(segment));
+    Vec<T> words[W<T>];
+    for (index_t c = 0; c < n; c += W<T>) {
+      const Vec<T> first = splat(T(c));
+      Vec<T> t[W<T>] = {};
+      if (bias.data) {
+        FA_UNROLL
+        for (int i = 0; i < W<T>; i++)
+          t[i] = load_bias<E>(bias.data + column.query[i] * bias.row + (k0 + c) * bias.col,
+                              bias.col, native, n - c);
+        transpose_registers<T>(t);
+      }
+      if (slanted) {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) {
+          const Vec<T> y = alibi<T>(slope, first + splat(T(j)), position);
+          t[j] = bias.data ? add_bias<T>(t[j], y) : y;
+        }
+      } else if (bias.data) {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) t[j] = add_bias<T>(t[j], Vec<T>{});
+      }
+      if (use_mask) {
+        if (c % at_once == 0) transpose_mask<T>(rules.mask, column, k0 + c, k1, words);
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) {
+          const index_t at = c % at_once + j;
+          const IntVec<T> byte = (IntVec<T>)words[at / size] & (Int(0xff) << (8 * (at % size)));
+          t[j] = byte == 0 ? minus_inf : t[j];
+        }
+      }
+      if (rules.segments.q_number)
+        for (int j = 0; j < min_index(n - c, W<T>); j++)
+          t[j] = segment == rules.segments.k_number[k0 + c + j] ? t[j] : minus_inf;
+      if (ragged || c + W<T> > n) {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) {
+          const Vec<T> key = first + splat(T(j));
+          t[j] = key >= low ? t[j] : minus_inf;
+          t[j] = key < high ? t[j] : minus_inf;
+        }
+      }
+      use(r, c, t);
+    }
+  }
+}
+
+// tile[key - k0][query] for keys [k0, k1) and the queries of x.
+template <class E, class T = Compute<E>>
+FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
+                                index_t k0, index_t k1, T* tile) {
+  const index_t n = k1 - k0, lanes = x.vectors * W<T>;
+  if (!has_dense(rules, use_mask) && !ragged) return {nullptr, 0, 0};
+  if (!ragged && dense_is_per_key(rules, use_mask)) {
+    dense_rows<E>(rules, use_mask, false, x.first, x.first + 1, k0, n, tile, 0);
+    return {tile, 1, 0};
+  }
+  for_dense<E>(rules, x, use_mask, ragged, k0, k1,
+               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
+                 FA_UNROLL
+                 for (int j = 0; j < W<T>; j++)
+                   if (c + j < n) store(tile + (c + j) * lanes + r, t[j]);
+               });
+  return {tile, lanes, W<T>};
+}
+
+// S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io. p may be
+// written up to a multiple of W keys.
+template <class T> struct Adding {
+  static constexpr int chains = 2;  // that need not wait for each other
+  Vec<T> max[chains], any[chains];
+
+  FA_INLINE_MEMBER void load_from(const T* max_io, const T* seen) {
+    for (int i = 0; i < chains; i++) max[i] = load(max_io), any[i] = load(seen);
+  }
+  FA_INLINE_MEMBER void add(T* at, Vec<T> dense, int chain) {
+    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    const Vec<T> s = dense == minus_inf ? minus_inf : load(at) + dense;
+    any[chain] = dense == minus_inf ? any[chain] : splat(T(1));
+    max[chain] = max_or_second<T>(s, max[chain]);
+    store(at, s);
+  }
+  FA_INLINE_MEMBER void store_to(T* max_io, T* seen) const {
+    store(max_io, max_or_second<T>(max[1], max[0]));
+    store(seen, max_or_second<T>(any[1], any[0]));
+  }
+};
+template <class T, int NQ>
+FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T* seen) {
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    Adding<T> sums;
+    sums.load_from(max_io + j * W<T>, seen + j * W<T>);
+    index_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+      sums.add(p + (i * NQ + j) * W<T>, dense_at(dense, i, j), 0);
+      sums.add(p + ((i + 1) * NQ + j) * W<T>, dense_at(dense, i + 1, j), 1);
+    }
+    if (i < n) sums.add(p + (i * NQ + j) * W<T>, dense_at(dense, i, j), 0);
+    sums.store_to(max_io + j * W<T>, seen + j * W<T>);
+  }
+}
+
+// The same without a tile in between.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
+                                    bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
+  const index_t lanes = x.vectors * W<T>;
+  for_dense<E>(rules, x, use_mask, ragged, k0, k1,
+               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
+                 Adding<T> sums;
+                 sums.load_from(max_io + r, x.seen + r);
+                 FA_UNROLL
+                 for (int j = 0; j < W<T>; j++) sums.add(p + (c + j) * lanes + r, t[j], j % 2);
+                 sums.store_to(max_io + r, x.seen + r);
+               });
+}
+template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
+  for (index_t i = 0; i < n; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T* at = p + (i * NQ + j) * W<T>;
+    store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
+  }
+}
