@@ -18,10 +18,12 @@ template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> posit
 
 // W elements of a row of the bias, n of which exist. Fetches those of the keys that come next: rows
 // of a matrix in DRAM are too short for the hardware to see it coming.
+// Of the first block, also what lies `then` bytes further: the next sub-block's.
 template <class E, class T = Compute<E>>
-FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n) {
+FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n, index_t then = 0) {
   if (!native || n < W<T>) return gather_as<E>(p, col, int(min_index(n, W<T>)));
   prefetch_far(p + DENSE_AHEAD * col);
+  if (then) prefetch_far(p + then);
   return load_as<E>(p);
 }
 template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {
@@ -126,6 +128,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
   const index_t n = k1 - k0, lanes = x.vectors * W<T>;
   const Matrix& bias = rules.bias;
   const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const index_t then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
   for (index_t r = 0; r < lanes; r += W<T>) {
     DenseColumn<T> column;
@@ -141,7 +144,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
         FA_UNROLL
         for (int i = 0; i < W<T>; i++)
           t[i] = load_bias<E>(bias.data + column.query[i] * bias.row + (k0 + c) * bias.col,
-                              bias.col, native, n - c);
+                              bias.col, native, n - c, then);
         transpose_registers<T>(t);
       }
       if (slanted) {
