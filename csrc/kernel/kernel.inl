@@ -34,6 +34,10 @@ namespace {
 #include "kernel/product.inl"
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
+#include "kernel/backward_amx_cut.inl"
+#include "kernel/backward_amx_cells.inl"
+#include "kernel/backward_amx_odd.inl"
+#include "kernel/backward_amx.inl"
 #endif
 // clang-format on
 
@@ -53,6 +57,24 @@ constexpr Kernels kernels{LANES<Compute<E>>,
                           round_rows<E>,
                           multiply_adds<E>};
 
+#if defined(FUSEDATTN_AMX)
+template <class E>
+constexpr Kernels amx_kernels{LANES<Compute<E>>,
+                              FEW,
+                              BACK_QUERIES_AMX,
+                              BACK_KEYS_AMX,
+                              forward_scratch<E>,
+                              forward<E>,
+                              few_scratch<E>,
+                              forward_few<E>,
+                              delta<E>,
+                              visible_blocks_amx,
+                              backward_scratch_amx<E>,
+                              backward_amx<E>,
+                              round_rows<E>,
+                              multiply_adds<E>};
+#endif
+
 template <class T>
 constexpr LayerKernels layer_kernels_of{
     PANEL<T>,         product_scratch<T>, product<T>,
@@ -68,7 +90,7 @@ extern const KernelTable FUSEDATTN_BASE, FUSEDATTN_TABLE;
 constinit const KernelTable FUSEDATTN_TABLE{
     FUSEDATTN_ISA_NAME,
     &FUSEDATTN_BASE,
-    {&kernels<float>, nullptr, &kernels<Half>, &kernels<BFloat>},
+    {&amx_kernels<float>, nullptr, &amx_kernels<Half>, &amx_kernels<BFloat>},
     read_stream,
     {nullptr, nullptr}};
 #elif defined(FUSEDATTN_BASE)
