@@ -19,7 +19,7 @@ struct BackwardAmx {
   float *s, *dp;               // (CELL, CELL): S and dP, which become P and dS where rules apply
   float *dense, *bent, *keep;  // (CELL, CELL): as in BackwardBlock
   float* sum;                  // of one product, before it joins others
-  float *dk, *dv;              // (CELL_COLUMNS, d, CELL)
+  float *dk, *dv;              // (CELL_COLUMNS, d rounded up to TILE, CELL)
   float *ds_all, *dbias;       // (BACK_QUERIES_AMX, BACK_KEYS_AMX), (BACK_KEYS_AMX), for dbias
   // Rows with a number that cannot be cut, one bit each, and what these give to dq, (queries, d)
   uint32_t odd_k[CELL_COLUMNS], odd_v[CELL_COLUMNS], odd_q[CELL_ROWS], odd_dout[CELL_ROWS];
@@ -29,6 +29,20 @@ struct BackwardAmx {
   const float *lse2, *delta;
   Sight sight[CELL_ROWS][CELL_COLUMNS];
 };
+
+// Of column c.
+FA_INLINE float* dk_of(const BackwardAmx& b, index_t c) {
+  return b.dk + c * up_to(b.d, TILE) * CELL;
+}
+FA_INLINE float* dv_of(const BackwardAmx& b, index_t c) {
+  return b.dv + c * up_to(b.d_v, TILE) * CELL;
+}
+
+// lse2 or delta of a query. A NaN that the caller made may have bits that rounding carries over
+// into a number.
+FA_INLINE Vec<float> statistic(float x) {
+  return splat(x == x ? x : __builtin_nanf(""));
+}
 
 // ---- rules ----
 
@@ -90,8 +104,8 @@ FA_NOINLINE void apply_rules(const BackwardAmx& b, const Rules& rules, int r) {
   const bool bends = rules.softcap > 0, drops = rules.dropout.threshold;
   for (index_t i = 0; i < CELL; i++) {
     const bool in = r * CELL + i < b.nq;
-    const Vec<T> l = splat(in ? b.lse2[r * CELL + i] : 0.0f);
-    const Vec<T> dl = splat(in ? b.delta[r * CELL + i] : 0.0f);
+    const Vec<T> l = statistic(in ? b.lse2[r * CELL + i] : 0.0f);
+    const Vec<T> dl = statistic(in ? b.delta[r * CELL + i] : 0.0f);
     for (index_t at = i * CELL; at < (i + 1) * CELL; at += W<T>) {
       const Vec<T> add = load(b.dense + at);
       const IntVec<T> masked = add == splat(-Bits<T>::infinity);
@@ -131,8 +145,8 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
     FA_UNROLL
     for (int x = 0; x < 2; x++) {
       const index_t in_cell = i + x * CELL / 2, q = r * CELL + in_cell;
-      const Vec<T> l = PLAIN ? splat(b.lse2[q]) : Vec<T>{};
-      const Vec<T> dl = PLAIN && NEED_DS ? splat(b.delta[q]) : Vec<T>{};
+      const Vec<T> l = PLAIN ? statistic(b.lse2[q]) : Vec<T>{};
+      const Vec<T> dl = PLAIN && NEED_DS ? statistic(b.delta[q]) : Vec<T>{};
       FA_UNROLL
       for (int y = 0; y < 2; y++) {
         const index_t at = in_cell * CELL + y * W<T>;
