@@ -197,7 +197,7 @@ def scores(p: Problem, q: np.ndarray, k: np.ndarray) -> Scores:
 
 def in_pairs(p: Problem) -> bool:
     """Is bfloat16 multiplied as it is, so that P and dS are rounded before their products?"""
-    return p.q.dtype.name == "bfloat16" and bool(fusedattn.cpu_info()["isa"] == "avx512bf16")
+    return p.q.dtype.name == "bfloat16" and fusedattn.cpu_info()["isa"] in ("avx512bf16", "amx")
 
 
 @once

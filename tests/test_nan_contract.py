@@ -231,3 +231,29 @@ def test_garbage_left_in_memory_by_earlier_calls_reaches_nothing(isa):
         fused(spoiler)
         for name, x in fused(problem(sk, is_causal=True)).items():
             np.testing.assert_array_equal(x, expected[name], name)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *HALVES])
+@pytest.mark.parametrize("victim", ["q", "k", "v", "dout"])
+def test_junk_beyond_the_first_blocks(isa, victim, dtype):
+    sizes = {"lead": (1,), "h": 2, "hkv": 1, "sq": 150, "sk": 300, "d": 40, "dv": 36}
+    queries, keys = [3, 131, 149], [5, 257, 299]
+    mask = np.random.default_rng(0).random((150, 300)) < 0.5
+    clean, dirty, seen = (
+        make(sizes, rules={"mask": mask.copy()}, dtype=dtype, seed=0) for _ in range(3)
+    )
+    for p in (clean, dirty):  # those of the junk are masked; `seen` has junk that is not
+        if victim in ("k", "v"):
+            p.rules["mask"][:, keys] = False
+        else:
+            p.rules["mask"][queries] = False
+    rows = keys if victim in ("k", "v") else queries
+    getattr(dirty, victim)[:, :, rows] = np.nan
+    getattr(seen, victim)[0, 0, rows, [39, 0, 20] if victim in ("q", "k") else 7] = np.nan
+    expected = fused(clean)
+    for name, x in fused(dirty).items():
+        assert_same(x, expected[name], name)
+    got = fused(seen)
+    exact = oracle(seen, got["out"] if dtype in HALVES else None)
+    for name, x in got.items():
+        np.testing.assert_array_equal(np.isnan(x.astype(np.float64)), np.isnan(exact[name]), name)

@@ -218,6 +218,9 @@ template <int P> FA_INLINE Cut<P> cut(Vec<float> x) {
   }
   return c;
 }
+FA_INLINE bool any_lane(IntVec<float> x) {
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+}
 // Lanes of numbers that could not be cut.
 struct Odd {
   __mmask16 lanes = 0;
@@ -397,4 +400,14 @@ FA_NOINLINE bool cut_transposed(Matrix src, index_t r0, index_t rows, index_t co
                            store_transposed(dst, c * dst.row + 2 * r, t);
                          }
                      });
+}
+
+// ---- what cannot be cut, by hand ----
+
+// Element (r, c) of a matrix, as a number.
+template <class E> FA_INLINE float number_at(const Matrix& m, index_t r, index_t c) {
+  return gather_as<E>(m.data + r * m.row + c * m.col, 0, 1)[0];
+}
+FA_INLINE bool is_odd(float x) {
+  return !(__builtin_fabsf(x) < 0x1.ffp127f);  // rounds to infinity in bfloat16
 }

@@ -311,7 +311,8 @@ static void round_rows(const void* sums, const Matrix& dst, index_t begin, index
 }
 
 // Keys that some query of each block of BACK_QUERIES sees.
-static void visible_blocks(const Rules& rules, index_t sq, index_t sk, Interval* blocks) {
+[[maybe_unused]] static void visible_blocks(const Rules& rules, index_t sq, index_t sk,
+                                            Interval* blocks) {
   for (index_t q = 0; q < sq; q += BACK_QUERIES)
     *blocks++ = visible_span(rules, q, min_index(q + BACK_QUERIES, sq), sk).any;
 }

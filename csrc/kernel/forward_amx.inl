@@ -20,13 +20,6 @@ struct KeyBlock {
   bool odd_k, odd_v;
 };
 
-// element (r, c) of a matrix, as a number
-template <class E> FA_INLINE float number_at(const Matrix& m, index_t r, index_t c) {
-  return gather_as<E>(m.data + r * m.row + c * m.col, 0, 1)[0];
-}
-FA_INLINE bool is_odd(float x) {
-  return !(__builtin_fabsf(x) < 0x1.ffp127f);  // rounds to infinity in bfloat16
-}
 template <class E> FA_NOINLINE bool is_odd_row(const Matrix& m, index_t r, index_t cols) {
   bool odd = false;
   for (index_t c = 0; c < cols; c++) odd |= is_odd(number_at<E>(m, r, c));

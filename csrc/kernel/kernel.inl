@@ -38,6 +38,10 @@ namespace {
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
+#include "kernel/backward_amx_cut.inl"
+#include "kernel/backward_amx_cells.inl"
+#include "kernel/backward_amx_odd.inl"
+#include "kernel/backward_amx.inl"
 #endif
 // clang-format on
 
@@ -76,17 +80,22 @@ constexpr LayerKernels layer_kernels_of{256,
                                         drop_rows<T>};
 #if defined(FUSEDATTN_AMX)
 template <class E>
-constexpr Kernels amx_kernels = [] {
-  Kernels k = kernels<E>;
-  k.sub_blocks = 8;
-  k.least_dims = PIECES<E> == 3 ? 96 : 0;
-  k.forward_scratch = forward_scratch_amx<E>;
-  k.forward = forward_amx<E>;
-  k.few_scratch = few_scratch_amx<E>;
-  k.forward_few = forward_few_amx<E>;
-  if (PIECES<E> == 1) k.multiply_adds = multiply_tiles_flops;
-  return k;
-}();
+constexpr Kernels amx_kernels{LANES<float>,
+                              8,
+                              FEW,
+                              PIECES<E> == 3 ? 96 : 0,
+                              BACK_QUERIES_AMX,
+                              BACK_KEYS_AMX,
+                              forward_scratch_amx<E>,
+                              forward_amx<E>,
+                              few_scratch_amx<E>,
+                              forward_few_amx<E>,
+                              delta<E>,
+                              visible_blocks_amx,
+                              backward_scratch_amx<E>,
+                              backward_amx<E>,
+                              round_rows<E>,
+                              PIECES<E> == 1 ? multiply_tiles_flops : multiply_adds<E>};
 constexpr LayerKernels layer_kernels_amx = [] {
   LayerKernels k = layer_kernels_of<float>;
   k.rows_at_once = 512;
