@@ -81,8 +81,9 @@ def test_order_of_tokens_matters():
     assert np.abs(one[1] - other[1]).max() > 1e-3
 
 
-def test_dropout_only_with_an_rng():
-    encoder = Encoder(config(hidden_dropout_prob=0.5))
+@pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_only_with_an_rng(where):
+    encoder = Encoder(config(**{where: 0.5}))
     batch = pack(sequences(3, np.random.default_rng(0)))
     quiet, again = encoder.forward(batch)[0], encoder.forward(batch)[0]
     noisy = encoder.forward(batch, np.random.default_rng(0))[0]

@@ -69,10 +69,12 @@ def test_finetune_learns_and_says_where_it_wrote(data, tmp_path, capsys):
 def test_finetune_from_a_model(model, data, tmp_path):
     out = tmp_path / "tuned"
     command = ["finetune", str(data), "--from", str(model), "--out", str(out), "--epochs", "1"]
-    assert main([*command, "--freeze", "encoder.", "--dropout", "0.2", "--max-length", "5"]) == 0
+    command += ["--freeze", "encoder.", "--max-length", "5"]
+    assert main([*command, "--dropout", "0.2", "--attention-dropout", "0.1"]) == 0
     tuned, start = TextClassifier.from_pretrained(out), TextClassifier.from_pretrained(model)
     np.testing.assert_equal(tuned.encoder.params, start.encoder.params)
-    assert tuned.encoder.config.hidden_dropout_prob == 0.2
+    shape = tuned.encoder.config
+    assert (shape.hidden_dropout_prob, shape.attention_probs_dropout_prob) == (0.2, 0.1)
     assert len(tuned.encoder.tokenizer.encode("the ship the ship the ship").ids) == 5
 
 

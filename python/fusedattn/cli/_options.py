@@ -81,6 +81,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dropout", type=float, help="[0.1 pre-training, else 0.3; --from: its own]"
     )
+    parser.add_argument(
+        "--attention-dropout", type=float, help="of probabilities [0 if new; --from: its own]"
+    )
 
 
 def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> Encoder:
@@ -104,6 +107,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
         intermediate_size=args.ffn or 2 * args.dim,
         hidden_act="gelu_new",
         hidden_dropout_prob=dropout if args.dropout is None else args.dropout,
+        attention_probs_dropout_prob=args.attention_dropout or 0.0,
         max_position_embeddings=length,
         initializer_range=0.05,
         norm_first=not args.post_norm,
@@ -119,8 +123,13 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
 
 def adapt(encoder: Encoder, args: argparse.Namespace) -> Encoder:
     """A pre-trained encoder with the options' dropout and length."""
-    if args.dropout is not None:
-        encoder.config = replace(encoder.config, hidden_dropout_prob=args.dropout)
+    given = {
+        "hidden_dropout_prob": args.dropout,
+        "attention_probs_dropout_prob": args.attention_dropout,
+    }
+    encoder.config = replace(
+        encoder.config, **{name: p for name, p in given.items() if p is not None}
+    )
     if encoder.tokenizer is None:
         raise ValueError("--from: expected a model with a tokenizer, this one has none")
     if args.max_length is not None:
