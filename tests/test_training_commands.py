@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fusedattn.cli import encode, finetune, main
+from fusedattn.cli import _options, finetune, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
@@ -124,17 +124,75 @@ def test_predict(model, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_predict_resumes(model, tmp_path, capsys):
-    source, out = tmp_path / "texts.txt", tmp_path / "labels.jsonl"
-    source.write_text("the ship\nthe cloud\nthe star\n")
-    command = ["predict", str(model), str(source), "--out", str(out), "--resume"]
-    assert main(command) == 0
-    whole = out.read_text()
-    assert whole.count("\n") == 3
-    out.write_text(whole[:-10])  # killed while writing the third
-    assert main(command) == 0
-    assert f"Wrote 1 lines to {out}." in capsys.readouterr().err
-    assert out.read_text() == whole
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Seven texts, to be taken two at a time."""
+    monkeypatch.setattr(_options, "CHUNK", 2)
+    path = tmp_path / "texts.txt"
+    path.write_text(
+        "".join(f"the {word} and the ship\n" for word in WORDS["sea"] + WORDS["sky"][:2])
+    )
+    return path
+
+
+def is_ended(command, method, error, after):
+    """Run `command` with a `method` that raises `error` when called once more than `after`."""
+    left, whole = iter(range(after)), getattr(*method)
+
+    def ends(*args, **kwargs):
+        if next(left, None) is None:
+            raise error
+        return whole(*args, **kwargs)
+
+    with mock.patch.object(*method, ends):
+        return main(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [("predict", (TextClassifier, "predict_proba")), ("encode", (Encoder, "encode"))],
+)
+def test_predict_and_encode_go_on(model, many, command, method, tmp_path, capsys):
+    expected = tmp_path / "expected"
+    start = [command, str(model), str(many), "--out"]
+    assert main([*start, str(expected)]) == 0
+
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    assert is_ended([*start, str(out)], method, KeyboardInterrupt, after=1) == 130
+    assert f"The same command goes on from {partial}." in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(RuntimeError):
+        is_ended([*start, str(out)], method, RuntimeError("killed"), after=2)
+    assert f"Going on from {partial} (--restart" in capsys.readouterr().err
+    with mock.patch.object(*method, autospec=True, side_effect=getattr(*method)) as calls:
+        assert main([*start, str(out)]) == 0
+    assert calls.call_count == 1  # three of four were there
+    assert out.read_bytes() == expected.read_bytes()
+    assert not partial.exists()
+
+    with pytest.raises(SystemExit):  # what is finished is not begun anew by mistake
+        main([*start, str(out)])
+    assert f"--out: {out} is there already; --restart replaces it" in capsys.readouterr().err
+    many.write_text("the ship\n")
+    assert main([*start, str(out), "--restart"]) == 0
+    assert out.read_bytes() != expected.read_bytes()
+
+
+@pytest.mark.parametrize("command", ["predict", "encode"])
+def test_results_of_something_else_are_refused(model, many, command, tmp_path, capsys):
+    start = [command, str(model), str(many), "--out", str(tmp_path / "out")]
+    method = (Encoder, "batches")
+    assert is_ended(start, method, KeyboardInterrupt, after=1) == 130
+    many.write_text("the ship\n" * 7)
+    with pytest.raises(SystemExit):
+        main(start)
+    assert (
+        "out.partial holds results that differ in ['texts']; --restart" in capsys.readouterr().err
+    )
+    assert main([*start, "--restart"]) == 0
+    with pytest.raises(SystemExit):
+        main([*start[:4], str(tmp_path), "--restart"])
+    assert f"--out: expected a file, {tmp_path} is none" in capsys.readouterr().err
 
 
 def test_one_class_only(tmp_path, capsys):
@@ -194,25 +252,17 @@ def test_killed_pretraining_goes_on(data, tmp_path):
     np.testing.assert_equal(*models)
 
 
-def test_encode(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 2)
-    texts = ["the ship", "the cloud", "the star and the ship", ""]
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in texts[:3])
-    )
+def test_encode(model, tmp_path, capsys):
+    texts = ["the ship", "the cloud", "the star and the ship"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     out = tmp_path / "vectors.npy"
     command = ["encode", str(model), str(tmp_path / "texts.jsonl"), "--out", str(out)]
     assert main(command) == 0
     assert f"Wrote an array (3, 16) to {out}." in capsys.readouterr().err
-    whole = np.load(out)
-    expected = Encoder.from_pretrained(model).encode(texts[:3], show_progress_bar=False)
-    np.testing.assert_allclose(whole, expected, atol=1e-6)
-    assert not (tmp_path / "vectors.npy.partial").exists()
-
-    (tmp_path / "vectors.npy.partial").write_bytes(whole.tobytes()[: 2 * 16 * 4 + 7])
-    assert main([*command, "--resume", "--normalize"]) == 0  # only the third is new
-    np.testing.assert_array_equal(np.load(out)[:2], whole[:2])
-    assert np.linalg.norm(np.load(out)[2]) == pytest.approx(1)
+    expected = Encoder.from_pretrained(model).encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+    assert main([*command, "--restart", "--normalize"]) == 0
+    np.testing.assert_allclose(np.linalg.norm(np.load(out), axis=1), 1, rtol=1e-6)
 
 
 def test_sweep(data, tmp_path, capsys):

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fusedattn.text import Examples
     from fusedattn.train import TrainingConfig
 
-CHUNK = 1024  # texts to predict at a time: what a kill can cost
+CHUNK = 1024  # texts to predict or encode at a time: what a kill can cost
 FORMATS = ("csv", "tsv", "jsonl", "folder", "tab", "trec", "lines")
 
 
@@ -202,7 +202,7 @@ def threads(count: int | None) -> Iterator[None]:
         set_num_threads(before)
 
 
-def probabilities(model: Any, texts: list[str], start: int = 0) -> Iterator[Any]:
+def probabilities(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[Any]:
     """Yield the probabilities of `texts` from `start` on, CHUNK texts at a time, with a bar."""
     from tqdm import tqdm
 
