@@ -54,6 +54,26 @@ def test_lines_and_standard_input(tmp_path, monkeypatch):
     assert read_examples("-", labelled=False).texts == ["one", "三"]
 
 
+def test_empty_texts_where_they_are_wanted(tmp_path, monkeypatch):
+    """Then nothing is left out, so that what comes out can be laid beside what went in."""
+    lines = "one\n\n \r\ntwo\n"
+    rows = {
+        "a.txt": (lines, ["one", "", " ", "two"]),
+        "a.csv": ('id,text\n1,one\n2,\n3," "\n', ["one", "", " "]),
+        "a.jsonl": ('{"text": ""}\n\n{"text": "one"}\n', ["", "one"]),
+    }
+    for name, (content, expected) in rows.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_examples(tmp_path / name, labelled=False, empty=True).texts == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert read_examples("-", labelled=False, empty=True).texts == rows["a.txt"][1]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1.txt").write_text("")
+    assert read_examples(tmp_path / "texts", labelled=False, empty=True).texts == [""]
+    with pytest.raises(ValueError, match=r"1\.txt: expected a text, got none"):
+        read_examples(tmp_path / "texts", labelled=False)
+
+
 def test_columns_by_name(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,q,a\nno,yes,1\n")

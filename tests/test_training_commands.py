@@ -112,7 +112,7 @@ def test_evaluate(model, data, capsys):
 
 
 def test_predict(model, tmp_path, capsys, monkeypatch):
-    texts = ["the ship anchor sail", "the cloud wing wind star", "xyz"]
+    texts = ["the ship anchor sail", "the cloud wing wind star", "", "xyz"]  # a line each
     stdin = io.TextIOWrapper(io.BytesIO("\n".join(texts).encode()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert main(["predict", str(model)]) == 0

@@ -30,7 +30,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-bad-rows", action="store_true", help="and count them")
 
 
-def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -> Examples:
+def read(
+    path: str | Path, args: argparse.Namespace, *, labelled: bool = True, empty: bool = False
+) -> Examples:
     """Read what the options say; how many rows were skipped goes to standard error."""
     from fusedattn.text import read_examples
 
@@ -38,6 +40,7 @@ def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -
         path,
         format=args.format,
         labelled=labelled,
+        empty=empty,
         text_column=args.text_column,
         label_column=args.label_column,
         encoding=args.encoding,
@@ -47,6 +50,13 @@ def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -
         first = examples.skipped[0]
         print(f"{path}: skipped {len(examples.skipped)} bad rows ({first})", file=sys.stderr)
     return examples
+
+
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """The texts of all files of `args.data`, none left out: a line of output for each of input."""
+    return [
+        text for path in args.data for text in read(path, args, labelled=False, empty=True).texts
+    ]
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     size = _options.CHUNK
     with _options.threads(args.threads):
         encoder = Encoder.from_pretrained(args.model)
-        texts = [t for path in args.data for t in _options.read(path, args, labelled=False).texts]
+        texts = _options.read_texts(args)
         options = {"normalize": args.normalize, "batch_size": args.batch_size, "chunk": size}
         results_of = _chunks.describe(args.model, texts, **options)
         with _chunks.Chunks(args.out, results_of, args.restart) as chunks:

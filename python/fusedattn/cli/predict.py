@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
         _chunks.check(args.out, args.restart)
     with _options.threads(args.threads):
         model = TextClassifier.from_pretrained(args.model)
-        texts = [
-            text for path in args.data for text in _options.read(path, args, labelled=False).texts
-        ]
+        texts = _options.read_texts(args)
         if args.out is None:
             for content in predicted(model, texts):
                 sys.stdout.write(content)
