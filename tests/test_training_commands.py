@@ -202,6 +202,16 @@ def test_one_class_only(tmp_path, capsys):
     assert "labels: expected at least two different ones, got ['b']" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--validation", "--test"])
+def test_unknown_labels_are_found_before_training(data, option, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("a cave\tearth\n")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["finetune", str(data), option, str(tmp_path / "other.txt"), "--out", str(out)])
+    assert "labels: expected names among ['sea', 'sky'], got ['earth']" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_bad_rows_are_counted(model, data, capsys):
     data.write_text(data.read_text() + "no tab here\n")
     with pytest.raises(SystemExit):
