@@ -182,6 +182,8 @@ def test_predict_and_encode_go_on(model, many, command, method, tmp_path, capsys
 def test_results_of_something_else_are_refused(model, many, command, tmp_path, capsys):
     start = [command, str(model), str(many), "--out", str(tmp_path / "out")]
     method = (Encoder, "batches")
+    assert is_ended([*start, "--threads", "1"], method, KeyboardInterrupt, after=0) == 130
+    many.write_text(many.read_text() + "the cloud\n")  # nothing is there to be refused yet
     assert is_ended(start, method, KeyboardInterrupt, after=1) == 130
     many.write_text("the ship\n" * 7)
     with pytest.raises(SystemExit):

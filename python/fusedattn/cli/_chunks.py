@@ -47,8 +47,11 @@ class Chunks:
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self.done = 0
+        while self._path(self.done).exists():
+            self.done += 1
         note = self.folder / NOTE
-        if note.exists():
+        if self.done:
             theirs = json.loads(note.read_text(encoding="utf-8"))
             unlike = sorted(k for k, v in results_of.items() if theirs.get(k) != v)
             if unlike:
@@ -56,13 +59,9 @@ class Chunks:
                     f"--out: {self.folder} holds results that differ in {unlike}; "
                     "--restart begins anew"
                 )
+            print(f"Going on from {self.folder} (--restart begins anew).", file=sys.stderr)
         else:
             replace_file(note, lambda path: _write(path, json.dumps(results_of).encode()))
-        self.done = 0
-        while self._path(self.done).exists():
-            self.done += 1
-        if self.done:
-            print(f"Going on from {self.folder} (--restart begins anew).", file=sys.stderr)
 
     def __enter__(self) -> Chunks:
         return self
