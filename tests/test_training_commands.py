@@ -78,6 +78,13 @@ def test_finetune_from_a_model(model, data, tmp_path):
     assert len(tuned.encoder.tokenizer.encode("the ship the ship the ship").ids) == 5
 
 
+def test_a_loss_that_is_not_a_number_is_said_in_a_line(data, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit), np.errstate(all="ignore"):
+        main(["finetune", str(data), "--out", out, *SMALL, "--learning-rate", "1e9"])
+    assert "fusedattn: loss: expected a finite number, got nan" in capsys.readouterr().err
+
+
 def test_interrupted_finetune_goes_on(data, model, tmp_path, capsys):
     out = tmp_path / "halves"
     command = ["finetune", str(data), "--out", str(out), "--epochs", "5", *SMALL]

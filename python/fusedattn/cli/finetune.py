@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--hide-words", type=float, metavar="X", help="share to mask in training [0.2 from scratch]"
     )
     parser.add_argument("--class-weights", choices=("balanced",))
-    parser.add_argument("--monitor", default="accuracy", help="accuracy, macro_f1 or loss")
+    parser.add_argument("--monitor", choices=("accuracy", "macro_f1", "loss"), default="accuracy")
     _options.add_model(parser)
     _options.add_training(parser, label_smoothing=0.1)
     _options.add_reading(parser)

@@ -50,6 +50,11 @@ def train_tokenizer(
     -------
     tokenizers.Tokenizer
     """
+    if vocab_size <= len(SPECIAL_TOKENS) or max_length < 3:
+        raise ValueError(
+            f"vocab_size, max_length: expected more than the {len(SPECIAL_TOKENS)} special tokens "
+            f"and at least 3, got {vocab_size} and {max_length}"
+        )
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
 
