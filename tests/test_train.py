@@ -238,6 +238,17 @@ def test_resume_refuses_another_training(tmp_path):
     assert len(result.history) == 2
 
 
+def test_data_without_labels_is_known_again_by_another_process():
+    """As after a kill in pre-training: nothing of the checksum is of this process alone."""
+    script = (
+        "import numpy as np; from fusedattn.text import Dataset; "
+        "from fusedattn.train import TrainingConfig; from fusedattn.train.state import identify; "
+        "print(identify(TrainingConfig(), {}, Dataset([np.arange(9)]))['data'])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", script], stdout=-1, check=True) for _ in "ab"]
+    assert runs[0].stdout == runs[1].stdout
+
+
 def test_ctrl_c_saves(tmp_path):
     """The signal comes as the kernel runs; no update is left half done."""
 
