@@ -95,6 +95,8 @@ def test_missing_tokenizer(tmp_path):
 def test_one_string_is_not_a_sequence_of_texts(tokenizer):
     with pytest.raises(TypeError, match=r"^texts: expected a sequence of str, got one str"):
         tokenize(tokenizer, "abc")
+    with pytest.raises(TypeError, match=r"^texts: expected str, got int at 1"):
+        tokenize(tokenizer, ["abc", 3])
 
 
 def test_pack_lays_end_to_end():

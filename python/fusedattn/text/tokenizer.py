@@ -117,6 +117,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Array]:
     """The token ids of each text, int32 arrays, with the special tokens of the tokenizer."""
     if isinstance(texts, str):
         raise TypeError("texts: expected a sequence of str, got one str")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: expected str, got {type(text).__name__} at {i}")
     return [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts))]
 
 
