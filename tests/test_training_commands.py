@@ -99,7 +99,11 @@ def test_interrupted_finetune_goes_on(data, model, tmp_path, capsys):
         assert main([*command, "--hide-words", "0.2"]) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert (out / CHECKPOINT).exists()
-    assert main([*command, "--hide-words", "0.2"]) == 0
+    with pytest.raises(SystemExit):
+        main([*command, "--hide-words", "0.4", "--dropout", "0.1"])
+    shown = capsys.readouterr().err
+    assert "found one of another: dropout None, here 0.1; hide_words 0.2, here 0.4" in shown
+    assert main([*command, "--hide-words", "0.2", "--threads", "1"]) == 0
     assert "Going on from the checkpoint" in capsys.readouterr().err
     assert len(read_history(out)) == 5
 

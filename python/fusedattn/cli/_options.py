@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fusedattn.train import TrainingConfig
 
 CHUNK = 1024  # texts to predict or encode at a time: what a kill can cost
+# What may differ when a training goes on. (Of the data, a checkpoint has a checksum.)
+MAY_DIFFER = ("data", "test", "out", "restart", "threads", "checkpoint_seconds", "seeds", "func")
 FORMATS = ("csv", "tsv", "jsonl", "folder", "tab", "trec", "lines")
 
 
@@ -191,6 +193,15 @@ def training_config(args: argparse.Namespace, **others: Any) -> TrainingConfig:
     given = {f.name: getattr(args, f.name) for f in fields(TrainingConfig) if hasattr(args, f.name)}
     given["freeze"] = tuple(args.freeze)
     return TrainingConfig(**{**given, **others})
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that make a training what it is."""
+    return {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(args).items()
+        if k not in MAY_DIFFER
+    }
 
 
 @contextlib.contextmanager

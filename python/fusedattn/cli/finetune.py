@@ -100,6 +100,7 @@ def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str
         _options.training_config(args),
         augment=(lambda b, rng: hide_tokens(b, hidden, tokenizer, rng)) if hidden else None,
         out_dir=args.out,
+        settings=_options.settings(args),
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     report: dict[str, float] = {"parameters": size, "best_epoch": result.best_epoch}
