@@ -145,6 +145,12 @@ def test_nothing_to_read(tmp_path):
         read_examples(tmp_path / "a.txt", format="lines")
 
 
+def test_an_unknown_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("a\tb\n")
+    with pytest.raises(ValueError, match=r"^encoding: expected one that Python knows, got 'utf-9'"):
+        read_examples(tmp_path / "a.txt", encoding="utf-9")
+
+
 def test_label_names():
     assert label_names(["b", "a", "b"]) == ["a", "b"]
     with pytest.raises(ValueError, match=r"at least two different ones, got \['a'\]"):

@@ -9,6 +9,7 @@ a line is a text: what comes out then agrees with what went in, line by line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -88,8 +89,8 @@ def read_examples(
     Raises
     ------
     ValueError
-        For a bad row, naming the file and the line; for an unknown format or column; for a file
-        without a row.
+        For a bad row, naming the file and the line; for an unknown format, column or
+        encoding; for a file without a row.
     """
     where = "standard input" if str(path) == "-" else str(path)
     kind = format or _format_of(Path(path), labelled)
@@ -97,6 +98,10 @@ def read_examples(
         raise ValueError(f"format: expected one of {[*_READERS, 'folder']}, got {kind!r}")
     if labelled and kind == "lines":
         raise ValueError("format: expected one with labels, 'lines' has none")
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from error
     examples = Examples()
 
     def bad(line: int, reason: str) -> None:
