@@ -42,7 +42,9 @@ def test_a_folder_a_class(tmp_path):
     examples = read_examples(tmp_path)
     assert examples.labels == ["neg", "pos", "pos"]
     assert examples.texts[0] == "film neg/1.txt\nwas fine"
-    assert len(read_examples(tmp_path, labelled=False).texts) == 5
+    texts = read_examples(tmp_path, labelled=False).texts
+    assert texts[3] == "film unsup/1.txt\nwas fine"
+    assert len(texts) == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected a folder a class with \.txt files"):
         read_examples(tmp_path / "empty")

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 
 TEXT_COLUMNS = ("text", "sentence", "content", "title", "review")
 LABEL_COLUMNS = ("label", "category", "class", "target")
-UNLABELLED = "unsup"  # aclImdb's folder of texts without a label
+# Of aclImdb: its folder of texts without a label, and how its lists of web addresses begin.
+UNLABELLED, ADDRESSES = "unsup", "urls_"
 
 Row = tuple[int, str, str | None]  # line, text, label
 
@@ -70,7 +71,8 @@ def read_examples(
         - "tsv": a header, tabs, quotes meaning nothing.
         - "jsonl": an object a line (.jsonl, .ndjson, .json).
         - "folder": a folder a class, a text a file ending in .txt, as in aclImdb, of which the
-          folder "unsup" is no class. Unlabelled: every .txt file, at any depth.
+          folder "unsup" is no class. Unlabelled: every .txt file, at any depth, but for aclImdb's
+          lists of web addresses ("urls_pos.txt").
         - "tab": text, a tab, label; no header. The text may hold tabs.
         - "trec": label, colon, finer label, space, text. The finer label is left out.
         - "lines": a text a line; no labels.
@@ -285,7 +287,8 @@ def _read_folder(
         folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name != UNLABELLED)
         files = [(p, folder.name) for folder in folders for p in sorted(folder.glob("*.txt"))]
     else:
-        files = [(p, "") for p in sorted(path.rglob("*.txt"))]
+        found = sorted(path.rglob("*.txt"))
+        files = [(p, "") for p in found if not p.name.startswith(ADDRESSES)]
     if not files:
         raise ValueError(f"{path}: expected a folder a class with .txt files, there are none")
     for file, label in files:
