@@ -304,6 +304,11 @@ def test_evaluation_every_few_steps_and_early_stopping():
     assert result.best_epoch == len(scores) - 3
 
 
+def test_patience_needs_something_to_judge_by():
+    with pytest.raises(ValueError, match=r"^patience: expected validation data"):
+        fit(epochs=1, patience=1)
+
+
 def test_monitored_loss_is_to_be_small():
     validation = first_token_data(count=30, seed=9)
     _, result = fit(validation=validation, learning_rate=0.05, monitor="loss")

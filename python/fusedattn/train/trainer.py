@@ -124,13 +124,16 @@ class Trainer:
         Raises
         ------
         ValueError
-            For a checkpoint of another model, config, data or settings, and for no data.
+            For a checkpoint of another model, config, data or settings, for no data, and
+            for a config with `patience` without `validation`.
         FloatingPointError
             Where the loss is no longer a finite number.
         """
         config = self.config
         if not len(train):
             raise ValueError("train: expected at least one sequence, got none")
+        if config.patience is not None and validation is None:
+            raise ValueError("patience: expected validation data to judge by, got none")
         self._rates = layer_rates(
             (name for name, _ in leaves(self.model.params)), config.freeze, config.layer_decay
         )
