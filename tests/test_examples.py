@@ -4,6 +4,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -78,17 +79,46 @@ def test_tutorial_on_a_file(tutorial, tmp_path, capsys):
     assert last[3] > 0.9
 
 
-def test_tutorial_on_aclimdb(tutorial, tmp_path):
+def test_tutorial_on_aclimdb(tutorial, tmp_path, capsys):
+    """As the archive is laid out: other files lie about, and "unsup" is no class."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 3), ("test", 2)):
+    for part, count in (("train", 40), ("test", 20)):
         for label in REVIEWS:
             folder = tmp_path / part / label
             folder.mkdir(parents=True)
             for i in range(count):
-                (folder / f"{i}_7.txt").write_text(review(label, rng), encoding="utf-8")
-    (texts, labels), (others, _) = tutorial.load(tmp_path)
-    assert (len(texts), len(others)) == (6, 4)
-    assert sorted(labels) == ["neg"] * 3 + ["pos"] * 3
+                text = review(label, rng) + ".<br /><br />Really."
+                (folder / f"{i}_{7 if label == 'pos' else 2}.txt").write_text(text, "utf-8")
+        (tmp_path / part / "urls_pos.txt").write_text("http://www.imdb.com/title/tt0000001\n")
+        (tmp_path / part / "labeledBow.feat").write_text("9 0:1\n")
+    (tmp_path / "train" / "unsup").mkdir()
+    (tmp_path / "train" / "unsup" / "0_0.txt").write_text("It was.", "utf-8")
+    (tmp_path / "imdb.vocab").write_text("the\n")
+    tutorial.main([str(tmp_path), "--epochs", "2"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "80 texts to learn from, 40 to validate on: ['neg', 'pos']"
+    assert printed[1::2] == ["Epoch 1/2", "Epoch 2/2"]
+    assert printed[2].startswith("3/3 - ")
+
+
+def test_tutorial_has_text_of_its_own(tutorial):
+    for texts, labels in tutorial.load(None):
+        assert len(texts) == len(labels) > 20
+        assert set(labels) == set(tutorial.PACKAGES)
+
+
+def test_tutorial_is_the_one_described(tutorial):
+    """Keras's layers and settings, for which the example's own names stand."""
+    shapes = {
+        name: p.shape for name, p in flatten(tutorial.Model(tutorial.VOCABULARY).params).items()
+    }
+    assert shapes["embedding.weight"] == (10_000, 64)
+    assert shapes["attention.qkv.weight"] == (3 * 64, 64)
+    assert shapes["hidden.weight"] == (64, 64)
+    assert shapes["output.weight"] == (1, 64)
+    with mock.patch.object(tutorial, "fit") as fit:
+        tutorial.main([])
+    assert fit.call_args.args[-2:] == (10, 32)  # epochs, texts a batch
 
 
 def test_tutorial_wants_two_classes(tutorial, tmp_path, capsys):

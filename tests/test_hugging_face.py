@@ -121,6 +121,26 @@ def our_model(family, head):
     return model
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_dropouts_are_read_and_written(family, tmp_path):
+    name, shape = FAMILIES[family]
+    keys = (
+        ("dropout", "attention_dropout")
+        if name == "DistilBert"
+        else ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    )
+    config = getattr(transformers, f"{name}Config")(
+        **shape, **dict(zip(keys, (0.3, 0.2), strict=True))
+    )
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path / "theirs")
+    ours = Encoder.from_pretrained(tmp_path / "theirs")
+    found = ours.config.hidden_dropout_prob, ours.config.attention_probs_dropout_prob
+    assert found == (0.3, 0.2)
+    ours.save_pretrained(tmp_path / "ours")
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert [getattr(back, key) for key in keys] == [0.3, 0.2]
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_what_is_written(family, head, tmp_path):

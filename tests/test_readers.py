@@ -42,7 +42,9 @@ def test_a_folder_a_class(tmp_path):
     examples = read_examples(tmp_path)
     assert examples.labels == ["neg", "pos", "pos"]
     assert examples.texts[0] == "film neg/1.txt\nwas fine"
-    assert len(read_examples(tmp_path, labelled=False).texts) == 5
+    texts = read_examples(tmp_path, labelled=False).texts
+    assert texts[3] == "film unsup/1.txt\nwas fine"
+    assert len(texts) == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected a folder a class with \.txt files"):
         read_examples(tmp_path / "empty")
@@ -52,6 +54,26 @@ def test_lines_and_standard_input(tmp_path, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO("one\n\n三\r\n".encode()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_examples("-", labelled=False).texts == ["one", "三"]
+
+
+def test_empty_texts_where_they_are_wanted(tmp_path, monkeypatch):
+    """Then nothing is left out, so that what comes out can be laid beside what went in."""
+    lines = "one\n\n \r\ntwo\n"
+    rows = {
+        "a.txt": (lines, ["one", "", " ", "two"]),
+        "a.csv": ('id,text\n1,one\n2,\n3," "\n', ["one", "", " "]),
+        "a.jsonl": ('{"text": ""}\n\n{"text": "one"}\n', ["", "one"]),
+    }
+    for name, (content, expected) in rows.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_examples(tmp_path / name, labelled=False, empty=True).texts == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert read_examples("-", labelled=False, empty=True).texts == rows["a.txt"][1]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1.txt").write_text("")
+    assert read_examples(tmp_path / "texts", labelled=False, empty=True).texts == [""]
+    with pytest.raises(ValueError, match=r"1\.txt: expected a text, got none"):
+        read_examples(tmp_path / "texts", labelled=False)
 
 
 def test_columns_by_name(tmp_path):
@@ -123,6 +145,12 @@ def test_nothing_to_read(tmp_path):
         read_examples(tmp_path / "a.txt", format="xml")
     with pytest.raises(ValueError, match=r"^format: expected one with labels"):
         read_examples(tmp_path / "a.txt", format="lines")
+
+
+def test_an_unknown_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("a\tb\n")
+    with pytest.raises(ValueError, match=r"^encoding: expected one that Python knows, got 'utf-9'"):
+        read_examples(tmp_path / "a.txt", encoding="utf-9")
 
 
 def test_label_names():

@@ -70,6 +70,12 @@ def test_vocabulary_is_bounded_and_length_is_cut(tokenizer):
     assert tokenizer.id_to_token(int(ids[-1])) == "[SEP]"
 
 
+@pytest.mark.parametrize("limits", [{"vocab_size": 5}, {"vocab_size": 60, "max_length": 2}])
+def test_a_tokenizer_has_room_for_more_than_special_tokens(limits):
+    with pytest.raises(ValueError, match=r"^vocab_size, max_length: expected more than the 5"):
+        train_tokenizer(["words"], **limits)
+
+
 def test_empty_text_still_has_its_ends(tokenizer):
     (ids,) = tokenize(tokenizer, [""])
     assert [tokenizer.id_to_token(i) for i in ids.tolist()] == ["[CLS]", "[SEP]"]
@@ -89,6 +95,8 @@ def test_missing_tokenizer(tmp_path):
 def test_one_string_is_not_a_sequence_of_texts(tokenizer):
     with pytest.raises(TypeError, match=r"^texts: expected a sequence of str, got one str"):
         tokenize(tokenizer, "abc")
+    with pytest.raises(TypeError, match=r"^texts: expected str, got int at 1"):
+        tokenize(tokenizer, ["abc", 3])
 
 
 def test_pack_lays_end_to_end():
@@ -164,6 +172,8 @@ def test_hidden_tokens(tokenizer):
     assert set(hidden.ids[changed].tolist()) == {mask}
     assert abs(changed[~special].mean() - 0.3) < 0.02
     assert not np.isin(batch.ids, mask).any()  # the batch given is unchanged
+    with pytest.raises(ValueError, match=r"^share: expected a value in \[0, 1\), got 1.5"):
+        hide_tokens(batch, 1.5, tokenizer, np.random.default_rng(0))
 
 
 def test_cooccurrence_brings_tokens_of_the_same_neighbours_together():

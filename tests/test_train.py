@@ -238,6 +238,17 @@ def test_resume_refuses_another_training(tmp_path):
     assert len(result.history) == 2
 
 
+def test_data_without_labels_is_known_again_by_another_process():
+    """As after a kill in pre-training: nothing of the checksum is of this process alone."""
+    script = (
+        "import numpy as np; from fusedattn.text import Dataset; "
+        "from fusedattn.train import TrainingConfig; from fusedattn.train.state import identify; "
+        "print(identify(TrainingConfig(), {}, Dataset([np.arange(9)]))['data'])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", script], stdout=-1, check=True) for _ in "ab"]
+    assert runs[0].stdout == runs[1].stdout
+
+
 def test_ctrl_c_saves(tmp_path):
     """The signal comes as the kernel runs; no update is left half done."""
 
@@ -291,6 +302,11 @@ def test_evaluation_every_few_steps_and_early_stopping():
     assert len(scores) < 60
     assert max(scores) == scores[-4]
     assert result.best_epoch == len(scores) - 3
+
+
+def test_patience_needs_something_to_judge_by():
+    with pytest.raises(ValueError, match=r"^patience: expected validation data"):
+        fit(epochs=1, patience=1)
 
 
 def test_monitored_loss_is_to_be_small():
@@ -372,6 +388,12 @@ def test_progress_bar_and_plot(tmp_path, capsys):
         ({"accumulate": 0}, r"^accumulate: expected at least 1, got 0"),
         ({"patience": 0}, r"^patience: expected at least 1, got 0"),
         ({"epochs": -1}, r"^epochs: expected at least 0, got -1"),
+        ({"max_sentences": 0}, r"^max_sentences: expected at least 1, got 0"),
+        ({"learning_rate": -1.0}, r"^learning_rate: expected at least 0, got -1.0"),
+        ({"weight_decay": math.nan}, r"^weight_decay: expected at least 0, got nan"),
+        ({"seed": -1}, r"^seed: expected at least 0, got -1"),
+        ({"max_grad_norm": 0.0}, r"^max_grad_norm: expected more than 0, got 0.0"),
+        ({"label_smoothing": 1.0}, r"^label_smoothing: expected a value in \[0, 1\), got 1.0"),
         ({"warmup": 1.0}, r"^warmup: expected a share in \[0, 1\), got 1.0"),
         ({"layer_decay": 0.0}, r"^layer_decay: expected a factor in \(0, 1\], got 0.0"),
         ({"class_weights": "equal"}, r"^class_weights: expected 'balanced' or .*, got 'equal'"),

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fusedattn.cli import encode, finetune, main
+from fusedattn.cli import _options, finetune, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
@@ -69,11 +69,20 @@ def test_finetune_learns_and_says_where_it_wrote(data, tmp_path, capsys):
 def test_finetune_from_a_model(model, data, tmp_path):
     out = tmp_path / "tuned"
     command = ["finetune", str(data), "--from", str(model), "--out", str(out), "--epochs", "1"]
-    assert main([*command, "--freeze", "encoder.", "--dropout", "0.2", "--max-length", "5"]) == 0
+    command += ["--freeze", "encoder.", "--max-length", "5"]
+    assert main([*command, "--dropout", "0.2", "--attention-dropout", "0.1"]) == 0
     tuned, start = TextClassifier.from_pretrained(out), TextClassifier.from_pretrained(model)
     np.testing.assert_equal(tuned.encoder.params, start.encoder.params)
-    assert tuned.encoder.config.hidden_dropout_prob == 0.2
+    shape = tuned.encoder.config
+    assert (shape.hidden_dropout_prob, shape.attention_probs_dropout_prob) == (0.2, 0.1)
     assert len(tuned.encoder.tokenizer.encode("the ship the ship the ship").ids) == 5
+
+
+def test_a_loss_that_is_not_a_number_is_said_in_a_line(data, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit), np.errstate(all="ignore"):
+        main(["finetune", str(data), "--out", out, *SMALL, "--learning-rate", "1e9"])
+    assert "fusedattn: loss: expected a finite number, got nan" in capsys.readouterr().err
 
 
 def test_interrupted_finetune_goes_on(data, model, tmp_path, capsys):
@@ -90,7 +99,11 @@ def test_interrupted_finetune_goes_on(data, model, tmp_path, capsys):
         assert main([*command, "--hide-words", "0.2"]) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert (out / CHECKPOINT).exists()
-    assert main([*command, "--hide-words", "0.2"]) == 0
+    with pytest.raises(SystemExit):
+        main([*command, "--hide-words", "0.4", "--dropout", "0.1"])
+    shown = capsys.readouterr().err
+    assert "found one of another: dropout None, here 0.1; hide_words 0.2, here 0.4" in shown
+    assert main([*command, "--hide-words", "0.2", "--threads", "1"]) == 0
     assert "Going on from the checkpoint" in capsys.readouterr().err
     assert len(read_history(out)) == 5
 
@@ -110,7 +123,7 @@ def test_evaluate(model, data, capsys):
 
 
 def test_predict(model, tmp_path, capsys, monkeypatch):
-    texts = ["the ship anchor sail", "the cloud wing wind star", "xyz"]
+    texts = ["the ship anchor sail", "the cloud wing wind star", "", "xyz"]  # a line each
     stdin = io.TextIOWrapper(io.BytesIO("\n".join(texts).encode()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert main(["predict", str(model)]) == 0
@@ -122,17 +135,77 @@ def test_predict(model, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_predict_resumes(model, tmp_path, capsys):
-    source, out = tmp_path / "texts.txt", tmp_path / "labels.jsonl"
-    source.write_text("the ship\nthe cloud\nthe star\n")
-    command = ["predict", str(model), str(source), "--out", str(out), "--resume"]
-    assert main(command) == 0
-    whole = out.read_text()
-    assert whole.count("\n") == 3
-    out.write_text(whole[:-10])  # killed while writing the third
-    assert main(command) == 0
-    assert f"Wrote 1 lines to {out}." in capsys.readouterr().err
-    assert out.read_text() == whole
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Seven texts, to be taken two at a time."""
+    monkeypatch.setattr(_options, "CHUNK", 2)
+    path = tmp_path / "texts.txt"
+    path.write_text(
+        "".join(f"the {word} and the ship\n" for word in WORDS["sea"] + WORDS["sky"][:2])
+    )
+    return path
+
+
+def is_ended(command, method, error, after):
+    """Run `command` with a `method` that raises `error` when called once more than `after`."""
+    left, whole = iter(range(after)), getattr(*method)
+
+    def ends(*args, **kwargs):
+        if next(left, None) is None:
+            raise error
+        return whole(*args, **kwargs)
+
+    with mock.patch.object(*method, ends):
+        return main(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [("predict", (TextClassifier, "predict_proba")), ("encode", (Encoder, "encode"))],
+)
+def test_predict_and_encode_go_on(model, many, command, method, tmp_path, capsys):
+    expected = tmp_path / "expected"
+    start = [command, str(model), str(many), "--out"]
+    assert main([*start, str(expected)]) == 0
+
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    assert is_ended([*start, str(out)], method, KeyboardInterrupt, after=1) == 130
+    assert f"The same command goes on from {partial}." in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(RuntimeError):
+        is_ended([*start, str(out)], method, RuntimeError("killed"), after=2)
+    assert f"Going on from {partial} (--restart" in capsys.readouterr().err
+    with mock.patch.object(*method, autospec=True, side_effect=getattr(*method)) as calls:
+        assert main([*start, str(out)]) == 0
+    assert calls.call_count == 1  # three of four were there
+    assert out.read_bytes() == expected.read_bytes()
+    assert not partial.exists()
+
+    with pytest.raises(SystemExit):  # what is finished is not begun anew by mistake
+        main([*start, str(out)])
+    assert f"--out: {out} is there already; --restart replaces it" in capsys.readouterr().err
+    many.write_text("the ship\n")
+    assert main([*start, str(out), "--restart"]) == 0
+    assert out.read_bytes() != expected.read_bytes()
+
+
+@pytest.mark.parametrize("command", ["predict", "encode"])
+def test_results_of_something_else_are_refused(model, many, command, tmp_path, capsys):
+    start = [command, str(model), str(many), "--out", str(tmp_path / "out")]
+    method = (Encoder, "batches")
+    assert is_ended([*start, "--threads", "1"], method, KeyboardInterrupt, after=0) == 130
+    many.write_text(many.read_text() + "the cloud\n")  # nothing is there to be refused yet
+    assert is_ended(start, method, KeyboardInterrupt, after=1) == 130
+    many.write_text("the ship\n" * 7)
+    with pytest.raises(SystemExit):
+        main(start)
+    assert (
+        "out.partial holds results that differ in ['texts']; --restart" in capsys.readouterr().err
+    )
+    assert main([*start, "--restart"]) == 0
+    with pytest.raises(SystemExit):
+        main([*start[:4], str(tmp_path), "--restart"])
+    assert f"--out: expected a file, {tmp_path} is none" in capsys.readouterr().err
 
 
 def test_one_class_only(tmp_path, capsys):
@@ -140,6 +213,16 @@ def test_one_class_only(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["finetune", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out")])
     assert "labels: expected at least two different ones, got ['b']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--validation", "--test"])
+def test_unknown_labels_are_found_before_training(data, option, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("a cave\tearth\n")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["finetune", str(data), option, str(tmp_path / "other.txt"), "--out", str(out)])
+    assert "labels: expected names among ['sea', 'sky'], got ['earth']" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_bad_rows_are_counted(model, data, capsys):
@@ -192,25 +275,17 @@ def test_killed_pretraining_goes_on(data, tmp_path):
     np.testing.assert_equal(*models)
 
 
-def test_encode(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 2)
-    texts = ["the ship", "the cloud", "the star and the ship", ""]
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in texts[:3])
-    )
+def test_encode(model, tmp_path, capsys):
+    texts = ["the ship", "the cloud", "the star and the ship"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     out = tmp_path / "vectors.npy"
     command = ["encode", str(model), str(tmp_path / "texts.jsonl"), "--out", str(out)]
     assert main(command) == 0
     assert f"Wrote an array (3, 16) to {out}." in capsys.readouterr().err
-    whole = np.load(out)
-    expected = Encoder.from_pretrained(model).encode(texts[:3], show_progress_bar=False)
-    np.testing.assert_allclose(whole, expected, atol=1e-6)
-    assert not (tmp_path / "vectors.npy.partial").exists()
-
-    (tmp_path / "vectors.npy.partial").write_bytes(whole.tobytes()[: 2 * 16 * 4 + 7])
-    assert main([*command, "--resume", "--normalize"]) == 0  # only the third is new
-    np.testing.assert_array_equal(np.load(out)[:2], whole[:2])
-    assert np.linalg.norm(np.load(out)[2]) == pytest.approx(1)
+    expected = Encoder.from_pretrained(model).encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+    assert main([*command, "--restart", "--normalize"]) == 0
+    np.testing.assert_allclose(np.linalg.norm(np.load(out), axis=1), 1, rtol=1e-6)
 
 
 def test_sweep(data, tmp_path, capsys):

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] == "fusedattn":
             raise
         parser.exit(1, f"fusedattn: this command needs the package {error.name!r}: {_HINT}\n")
-    except (ValueError, OSError) as error:  # what the user gave: an environment variable, a file
+    # What the user gave: an environment variable, a file, a learning rate too high.
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(1, f"fusedattn: {error}\n")
     return status
 

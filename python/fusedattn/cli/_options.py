@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fusedattn.text import Examples
     from fusedattn.train import TrainingConfig
 
-CHUNK = 1024  # texts to predict at a time: what a kill can cost
+CHUNK = 1024  # texts to predict or encode at a time: what a kill can cost
+# What may differ when a training goes on. (Of the data, a checkpoint has a checksum.)
+MAY_DIFFER = ("data", "test", "out", "restart", "threads", "checkpoint_seconds", "seeds", "func")
 FORMATS = ("csv", "tsv", "jsonl", "folder", "tab", "trec", "lines")
 
 
@@ -30,7 +32,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-bad-rows", action="store_true", help="and count them")
 
 
-def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -> Examples:
+def read(
+    path: str | Path, args: argparse.Namespace, *, labelled: bool = True, empty: bool = False
+) -> Examples:
     """Read what the options say; how many rows were skipped goes to standard error."""
     from fusedattn.text import read_examples
 
@@ -38,6 +42,7 @@ def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -
         path,
         format=args.format,
         labelled=labelled,
+        empty=empty,
         text_column=args.text_column,
         label_column=args.label_column,
         encoding=args.encoding,
@@ -47,6 +52,13 @@ def read(path: str | Path, args: argparse.Namespace, *, labelled: bool = True) -
         first = examples.skipped[0]
         print(f"{path}: skipped {len(examples.skipped)} bad rows ({first})", file=sys.stderr)
     return examples
+
+
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """The texts of all files of `args.data`, none left out: a line of output for each of input."""
+    return [
+        text for path in args.data for text in read(path, args, labelled=False, empty=True).texts
+    ]
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +93,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dropout", type=float, help="[0.1 pre-training, else 0.3; --from: its own]"
     )
+    parser.add_argument(
+        "--attention-dropout", type=float, help="of probabilities [0 if new; --from: its own]"
+    )
 
 
 def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> Encoder:
@@ -104,6 +119,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
         intermediate_size=args.ffn or 2 * args.dim,
         hidden_act="gelu_new",
         hidden_dropout_prob=dropout if args.dropout is None else args.dropout,
+        attention_probs_dropout_prob=args.attention_dropout or 0.0,
         max_position_embeddings=length,
         initializer_range=0.05,
         norm_first=not args.post_norm,
@@ -119,8 +135,13 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
 
 def adapt(encoder: Encoder, args: argparse.Namespace) -> Encoder:
     """A pre-trained encoder with the options' dropout and length."""
-    if args.dropout is not None:
-        encoder.config = replace(encoder.config, hidden_dropout_prob=args.dropout)
+    given = {
+        "hidden_dropout_prob": args.dropout,
+        "attention_probs_dropout_prob": args.attention_dropout,
+    }
+    encoder.config = replace(
+        encoder.config, **{name: p for name, p in given.items() if p is not None}
+    )
     if encoder.tokenizer is None:
         raise ValueError("--from: expected a model with a tokenizer, this one has none")
     if args.max_length is not None:
@@ -174,6 +195,15 @@ def training_config(args: argparse.Namespace, **others: Any) -> TrainingConfig:
     return TrainingConfig(**{**given, **others})
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that make a training what it is."""
+    return {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(args).items()
+        if k not in MAY_DIFFER
+    }
+
+
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Let the kernel and the BLAS have so many threads."""
@@ -193,7 +223,7 @@ def threads(count: int | None) -> Iterator[None]:
         set_num_threads(before)
 
 
-def probabilities(model: Any, texts: list[str], start: int = 0) -> Iterator[Any]:
+def probabilities(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[Any]:
     """Yield the probabilities of `texts` from `start` on, CHUNK texts at a time, with a bar."""
     from tqdm import tqdm
 

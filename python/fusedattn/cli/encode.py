@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusedattn.cli import _options
-
-CHUNK = 8192  # texts at a time: what a kill can cost
+from fusedattn.cli import _chunks, _options
 
 
 def add_parser(subparsers: Any) -> None:
     """Add this command and its options."""
     parser = subparsers.add_parser(
         "encode",
-        description="Write a float32 array (texts, width) as .npy, a row for each text in order.",
+        description="Write a float32 array (texts, width) as .npy, a row for each text in order. "
+        "Started again after Ctrl-C or worse, the same command goes on to the same file.",
     )
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument(
@@ -27,40 +27,42 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="[%(default)s]")
-    parser.add_argument("--resume", action="store_true", help="go on from a run that was ended")
+    parser.add_argument("--restart", action="store_true", help="begin anew, whatever --out holds")
     parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
     _options.add_reading(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode chunk by chunk into FILE.npy.partial, and name it FILE.npy when it is whole; 0."""
+    """Encode chunk by chunk; 0."""
     from tqdm import tqdm
 
     from fusedattn.encoder import Encoder
 
+    _chunks.check(args.out, args.restart)
+    size = _options.CHUNK
     with _options.threads(args.threads):
         encoder = Encoder.from_pretrained(args.model)
-        texts = [t for path in args.data for t in _options.read(path, args, labelled=False).texts]
-        width = encoder.config.hidden_size
-        partial = args.out.with_name(args.out.name + ".partial")
-        size = partial.stat().st_size if args.resume and partial.exists() else 0
-        done = size // (CHUNK * width * 4) * CHUNK  # whole chunks of rows
-        with (
-            open(partial, "r+b" if done else "wb") as file,
-            tqdm(total=len(texts), initial=done, disable=None, unit="text") as bar,
-        ):
-            file.truncate(done * width * 4)
-            file.seek(done * width * 4)
-            for start in range(done, len(texts), CHUNK):
-                chunk = texts[start : start + CHUNK]
-                vectors = encoder.encode(chunk, args.batch_size, args.normalize, False)
-                file.write(vectors.tobytes())
-                file.flush()
-                bar.update(len(chunk))
-    rows = np.fromfile(partial, np.float32).reshape(len(texts), width)
-    with open(args.out, "wb") as file:
-        np.save(file, rows)
-    partial.unlink()
-    print(f"Wrote an array {rows.shape} to {args.out}.", file=sys.stderr)
+        texts = _options.read_texts(args)
+        options = {"normalize": args.normalize, "batch_size": args.batch_size, "chunk": size}
+        results_of = _chunks.describe(args.model, texts, **options)
+        with _chunks.Chunks(args.out, results_of, args.restart) as chunks:
+            start = chunks.done * size
+            with tqdm(total=len(texts), initial=start, disable=None, unit="text") as bar:
+                for begin in range(start, len(texts), size):
+                    part = texts[begin : begin + size]
+                    rows = encoder.encode(part, args.batch_size, args.normalize, False)
+                    chunks.add(rows.tobytes())
+                    bar.update(len(part))
+            shape = (len(texts), encoder.config.hidden_size)
+            chunks.finish(head=npy_header(shape))
+    print(f"Wrote an array {shape} to {args.out}.", file=sys.stderr)
     return 0
+
+
+def npy_header(shape: tuple[int, int]) -> bytes:
+    """What comes before the float32 numbers of an array in a .npy file."""
+    head = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, fields)
+    return head.getvalue()

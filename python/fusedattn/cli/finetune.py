@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--hide-words", type=float, metavar="X", help="share to mask in training [0.2 from scratch]"
     )
     parser.add_argument("--class-weights", choices=("balanced",))
-    parser.add_argument("--monitor", default="accuracy", help="accuracy, macro_f1 or loss")
+    parser.add_argument("--monitor", choices=("accuracy", "macro_f1", "loss"), default="accuracy")
     _options.add_model(parser)
     _options.add_training(parser, label_smoothing=0.1)
     _options.add_reading(parser)
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str
     """The classifier that the options ask for, the `TrainingResult`, and figures to report."""
     from fusedattn.encoder import Encoder, TextClassifier
     from fusedattn.nn import leaves
-    from fusedattn.text import Dataset, hide_tokens, label_names, split_examples
+    from fusedattn.text import Dataset, Examples, hide_tokens, label_names, split_examples
     from fusedattn.train import Trainer, evaluate
 
     examples = _options.read(args.data, args)
@@ -85,6 +85,9 @@ def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str
     model = TextClassifier(encoder, names, seed=args.seed, pooling=args.pooling)
     learning = Dataset.from_texts(tokenizer, train.texts, train.labels, names)
     validation = Dataset.from_texts(tokenizer, held.texts, held.labels, names)
+    # read now: what is wrong with it should not be found out after hours of training
+    test = _options.read(args.test, args) if args.test else Examples()
+    tested = Dataset.from_texts(tokenizer, test.texts, test.labels, names)
     size = sum(p.size for _, p in leaves(model.params))
     print(
         f"{len(names)} labels, {len(learning):,} texts to learn from, {len(validation):,} to "
@@ -97,14 +100,13 @@ def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str
         _options.training_config(args),
         augment=(lambda b, rng: hide_tokens(b, hidden, tokenizer, rng)) if hidden else None,
         out_dir=args.out,
+        settings=_options.settings(args),
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     report: dict[str, float] = {"parameters": size, "best_epoch": result.best_epoch}
     report["tokens_per_second"] = round(result.tokens_per_second)
     if len(validation):
         report |= {f"validation_{k}": v for k, v in evaluate(model, validation).items()}
-    if args.test:
-        test = _options.read(args.test, args)
-        data = Dataset.from_texts(tokenizer, test.texts, test.labels, names)
-        report |= {f"test_{k}": v for k, v in evaluate(model, data).items()}
+    if len(tested):
+        report |= {f"test_{k}": v for k, v in evaluate(model, tested).items()}
     return model, result, report

@@ -69,6 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         augment=masking,
         evaluate=lambda m, data: evaluate_masked(m, data, masking),
         out_dir=args.out,
+        settings=_options.settings(args),
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     if result.interrupted:

@@ -27,7 +27,9 @@ class EncoderConfig:
         The inner width of the feed-forward layers.
     hidden_act : str, default "gelu"
         A key of `fusedattn.nn.ACTIVATIONS`.
-    hidden_dropout_prob : float, default 0.1
+    hidden_dropout_prob, attention_probs_dropout_prob : float, default 0.1 and 0
+        In training: dropout of embeddings, of what each block adds and before a classifier; and of
+        attention's probabilities.
     max_position_embeddings : int, default 512
         The longest sequence. (A RoBERTa's config.json counts `pad_token_id` + 1 more.)
     type_vocab_size : int, default 2
@@ -51,6 +53,7 @@ class EncoderConfig:
     intermediate_size: int = 512
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
@@ -144,5 +147,4 @@ class EncoderConfig:
             if field.name != "norm_first" and field.name not in self.family.fixed:
                 content[keys.get(field.name, field.name)] = getattr(self, field.name)
         content["max_position_embeddings"] += self.unused_positions
-        # Dropout is on hidden states alone here; transformers would add its default to attention.
-        return content | {self.family.attention_dropout: 0.0}
+        return content

@@ -23,8 +23,6 @@ class Family:
         The keys of config.json that differ, ours to the folder's.
     fixed : dict
         What is so in every model of this family and is not said in its config.json.
-    attention_dropout : str
-        The key of config.json for dropout of attention's probabilities.
     positions_after_padding : bool
         Whether a text's first token is at position pad_token_id + 1 instead of 0.
     pooler_act, head_act : str
@@ -37,7 +35,6 @@ class Family:
     names: Mapping[str, str]
     keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    attention_dropout: str = "attention_probs_dropout_prob"
     positions_after_padding: bool = False
     pooler_act: str = "tanh"
     head_act: str | None = None
@@ -134,9 +131,9 @@ FAMILIES = {
             "intermediate_size": "hidden_dim",
             "hidden_act": "activation",
             "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
         },
         fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12},
-        attention_dropout="attention_dropout",
         pooler_act="relu",
     ),
 }

@@ -108,6 +108,7 @@ def _block(
         activation=config.hidden_act,
         eps=config.layer_norm_eps,
         p=config.hidden_dropout_prob,
+        attention_p=config.attention_probs_dropout_prob,
         rng=rng,
     )
 

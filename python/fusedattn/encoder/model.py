@@ -92,8 +92,7 @@ class Encoder:
         Returns
         -------
         float32 array (number of texts, hidden_size)
-            In the order of `texts`. A text's vector does not depend on the others but for the last
-            bits: the matrix products choose their kernel by shape.
+            In the order of `texts`. A text's vector has the same bits whatever the others are.
 
         Raises
         ------

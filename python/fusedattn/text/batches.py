@@ -137,6 +137,8 @@ def hide_tokens(batch: Batch, share: float, tokenizer: Any, rng: Rng) -> Batch:
         One that has a [MASK] (or <mask>).
     rng : numpy.random.Generator
     """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share: expected a value in [0, 1), got {share}")
     hidden = rng.random(len(batch.ids), dtype=np.float32) < share
     hidden &= ~np.isin(batch.ids, special_ids(tokenizer))
     mask = batch.ids.dtype.type(mask_id(tokenizer))

@@ -2,11 +2,14 @@
 
 A file is UTF-8 unless said otherwise. A row that is not as it should be (too few fields or too
 many, no text, no label, bytes that are no text) is an error that names the file and the line, or is
-skipped and counted. Lines that are empty or all white space are passed over.
+skipped and counted. Lines that are empty or all white space are passed over. Where empty texts are
+wanted, as in prediction, a row without text is as good as any other, and so is an empty line where
+a line is a text: what comes out then agrees with what went in, line by line.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -17,7 +20,8 @@ from typing import Any, TextIO
 
 TEXT_COLUMNS = ("text", "sentence", "content", "title", "review")
 LABEL_COLUMNS = ("label", "category", "class", "target")
-UNLABELLED = "unsup"  # aclImdb's folder of texts without a label
+# Of aclImdb: its folder of texts without a label, and how its lists of web addresses begin.
+UNLABELLED, ADDRESSES = "unsup", "urls_"
 
 Row = tuple[int, str, str | None]  # line, text, label
 
@@ -49,6 +53,7 @@ def read_examples(
     *,
     format: str | None = None,
     labelled: bool = True,
+    empty: bool = False,
     text_column: str | None = None,
     label_column: str | None = None,
     encoding: str = "utf-8",
@@ -66,12 +71,15 @@ def read_examples(
         - "tsv": a header, tabs, quotes meaning nothing.
         - "jsonl": an object a line (.jsonl, .ndjson, .json).
         - "folder": a folder a class, a text a file ending in .txt, as in aclImdb, of which the
-          folder "unsup" is no class. Unlabelled: every .txt file, at any depth.
+          folder "unsup" is no class. Unlabelled: every .txt file, at any depth, but for aclImdb's
+          lists of web addresses ("urls_pos.txt").
         - "tab": text, a tab, label; no header. The text may hold tabs.
         - "trec": label, colon, finer label, space, text. The finer label is left out.
         - "lines": a text a line; no labels.
     labelled : bool, default True
         Whether labels are wanted.
+    empty : bool, default False
+        Whether empty texts are wanted.
     text_column, label_column : str, optional
         For csv, tsv and jsonl. By default the first that is there of "text", "sentence", "content",
         "title", "review", and of "label", "category", "class", "target".
@@ -83,8 +91,8 @@ def read_examples(
     Raises
     ------
     ValueError
-        For a bad row, naming the file and the line; for an unknown format or column; for a file
-        without a row.
+        For a bad row, naming the file and the line; for an unknown format, column or
+        encoding; for a file without a row.
     """
     where = "standard input" if str(path) == "-" else str(path)
     kind = format or _format_of(Path(path), labelled)
@@ -92,6 +100,10 @@ def read_examples(
         raise ValueError(f"format: expected one of {[*_READERS, 'folder']}, got {kind!r}")
     if labelled and kind == "lines":
         raise ValueError("format: expected one with labels, 'lines' has none")
+    try:
+        codecs.lookup(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from error
     examples = Examples()
 
     def bad(line: int, reason: str) -> None:
@@ -101,12 +113,13 @@ def read_examples(
         examples.skipped.append(place)
 
     if kind == "folder":
-        rows: Iterator[Row] = _read_folder(Path(path), labelled, encoding, bad)
+        rows: Iterator[Row] = _read_folder(Path(path), labelled, empty, encoding, bad)
     else:
         columns = (text_column, label_column if labelled else "")
-        rows = _read_file(path, _READERS[kind], columns, encoding, bad)
+        reader = _read_all_lines if kind == "lines" and empty else _READERS[kind]
+        rows = _read_file(path, reader, columns, encoding, bad)
     for line, text, label in rows:
-        problem = _problem(text, label, labelled)
+        problem = _problem(text, label, labelled, empty)
         if problem:
             bad(line, problem)
             continue
@@ -139,12 +152,12 @@ def _format_of(path: Path, labelled: bool) -> str:
     return endings.get(path.suffix.lower(), "tab" if labelled else "lines")
 
 
-def _problem(text: str, label: str | None, labelled: bool) -> str | None:
+def _problem(text: str, label: str | None, labelled: bool, empty: bool) -> str | None:
     try:
         (text + (label or "")).encode()
     except UnicodeEncodeError:
         return "expected text in the encoding given (UTF-8 by default), got other bytes"
-    if not text.strip():
+    if not empty and not text.strip():
         return "expected a text, got none"
     if labelled and not (label or "").strip():
         return "expected a label, got none"
@@ -186,6 +199,11 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
 def _read_lines(file: TextIO, *_: Any) -> Iterator[Row]:
     for number, line in _lines(file):
         yield number, line, None
+
+
+def _read_all_lines(file: TextIO, *_: Any) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        yield number, line.rstrip("\r\n"), None
 
 
 def _read_tab(file: TextIO, text: Any, label: str | None) -> Iterator[Row | RowError]:
@@ -263,18 +281,19 @@ def _read_tsv(file: TextIO, text: str | None, label: str | None) -> Iterator[Row
 
 
 def _read_folder(
-    path: Path, labelled: bool, encoding: str, bad: Callable[[int, str], None]
+    path: Path, labelled: bool, empty: bool, encoding: str, bad: Callable[[int, str], None]
 ) -> Iterator[Row]:
     if labelled:
         folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name != UNLABELLED)
         files = [(p, folder.name) for folder in folders for p in sorted(folder.glob("*.txt"))]
     else:
-        files = [(p, "") for p in sorted(path.rglob("*.txt"))]
+        found = sorted(path.rglob("*.txt"))
+        files = [(p, "") for p in found if not p.name.startswith(ADDRESSES)]
     if not files:
         raise ValueError(f"{path}: expected a folder a class with .txt files, there are none")
     for file, label in files:
         text = file.read_text(encoding, errors="surrogateescape").removeprefix("\ufeff")
-        problem = _problem(text, label, labelled)
+        problem = _problem(text, label, labelled, empty)
         if problem:
             bad(0, f"{file}: {problem}")
         else:

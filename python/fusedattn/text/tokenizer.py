@@ -50,6 +50,11 @@ def train_tokenizer(
     -------
     tokenizers.Tokenizer
     """
+    if vocab_size <= len(SPECIAL_TOKENS) or max_length < 3:
+        raise ValueError(
+            f"vocab_size, max_length: expected more than the {len(SPECIAL_TOKENS)} special tokens "
+            f"and at least 3, got {vocab_size} and {max_length}"
+        )
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
 
@@ -112,6 +117,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[Array]:
     """The token ids of each text, int32 arrays, with the special tokens of the tokenizer."""
     if isinstance(texts, str):
         raise TypeError("texts: expected a sequence of str, got one str")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: expected str, got {type(text).__name__} at {i}")
     return [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts))]
 
 

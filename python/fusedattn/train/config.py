@@ -76,12 +76,20 @@ class TrainingConfig:
             raise ValueError(
                 f"schedule: expected one of {sorted(SCHEDULES)}, got {self.schedule!r}"
             )
-        for name in ("accumulate", "evaluate_every", "patience"):
+        for name in ("max_tokens", "max_sentences", "accumulate", "evaluate_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.epochs < 0:
-            raise ValueError(f"epochs: expected at least 0, got {self.epochs}")
+        for name in ("epochs", "learning_rate", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm: expected more than 0, got {self.max_grad_norm}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing: expected a value in [0, 1), got {self.label_smoothing}"
+            )
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}")
         if not 0.0 < self.layer_decay <= 1.0:

@@ -146,7 +146,8 @@ def identify(config: TrainingConfig, params: Params, data: Dataset) -> dict[str,
     }
     shapes = repr([(name, p.shape) for name, p in leaves(params)])
     crc = 0
-    for array in (data.labels, *data.sequences):
+    labels = () if data.labels is None else (data.labels,)  # None's bytes are an address in memory
+    for array in (*labels, *data.sequences):
         crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return {**settings, "parameters": zlib.crc32(shapes.encode()), "data": crc}
 

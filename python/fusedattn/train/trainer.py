@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -77,6 +77,9 @@ class Trainer:
     out_dir : path, optional
         Where history.jsonl and the checkpoint go. The checkpoint is written every
         `config.checkpoint_seconds`, after Ctrl-C and at the end.
+    settings : dict, optional
+        What else makes the training what it is (the model's dropout, what `augment` does), as JSON
+        has it: a checkpoint of other settings is refused.
     show_progress_bar : bool, optional
         By default, where standard error is a terminal.
     """
@@ -90,6 +93,7 @@ class Trainer:
         augment: Callable[[Batch, Rng], Batch] | None = None,
         evaluate: Callable[[Any, Dataset], dict[str, float]] | None = None,
         out_dir: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
         show_progress_bar: bool | None = None,
     ) -> None:
         self.model, self.config = model, config
@@ -98,6 +102,7 @@ class Trainer:
             lambda m, data: evaluate_classifier(m, data, config.max_tokens)
         )
         self.out_dir = None if out_dir is None else Path(out_dir)
+        self.settings = dict(settings or {})
         self.show_progress_bar = show_progress_bar
 
     def fit(
@@ -119,13 +124,16 @@ class Trainer:
         Raises
         ------
         ValueError
-            For a checkpoint of another model, config or data, and for no data.
+            For a checkpoint of another model, config, data or settings, for no data, and
+            for a config with `patience` without `validation`.
         FloatingPointError
             Where the loss is no longer a finite number.
         """
         config = self.config
         if not len(train):
             raise ValueError("train: expected at least one sequence, got none")
+        if config.patience is not None and validation is None:
+            raise ValueError("patience: expected validation data to judge by, got none")
         self._rates = layer_rates(
             (name for name, _ in leaves(self.model.params)), config.freeze, config.layer_decay
         )
@@ -136,7 +144,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             rates=self._rates.__getitem__,
         )
-        identity = identify(config, self.model.params, train)
+        identity = identify(config, self.model.params, train) | self.settings
         run = Run(self.model.params, optimizer, identity, self.out_dir)
         if not (resume and run.load()) and self.out_dir is not None:
             remove_checkpoint(self.out_dir)

@@ -1,0 +1,113 @@
+"""A file of results that grows chunk by chunk, so that a run that was ended can go on.
+
+Until all of FILE is there, its chunks lie in the folder FILE.partial, each written whole or not at
+all, with a note of what they are results of. The same command goes on after the last of them; one
+on other texts, with another model or other options, is refused, as a training is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fusedattn.train.files import replace_file
+
+NOTE = "of.json"
+_MODEL = {".json", ".safetensors", ".txt"}  # the endings of what says what a model computes
+
+
+class Chunks:
+    """The chunks that become the file `out`, those of an earlier run among them.
+
+    As a context it says, where Ctrl-C ends it, that the same command goes on.
+
+    Parameters
+    ----------
+    out : Path
+        Must not be there, or `restart` be True.
+    results_of : dict
+        What the results depend on, as from `describe`.
+    restart : bool
+        Leave out what an earlier run did.
+
+    Raises
+    ------
+    ValueError
+        Where `out` is there, or is no file, or chunks of other results are there.
+    """
+
+    def __init__(self, out: Path, results_of: dict[str, Any], restart: bool) -> None:
+        check(out, restart)
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.done = 0
+        while self._path(self.done).exists():
+            self.done += 1
+        note = self.folder / NOTE
+        if self.done:
+            theirs = json.loads(note.read_text(encoding="utf-8"))
+            unlike = sorted(k for k, v in results_of.items() if theirs.get(k) != v)
+            if unlike:
+                raise ValueError(
+                    f"--out: {self.folder} holds results that differ in {unlike}; "
+                    "--restart begins anew"
+                )
+            print(f"Going on from {self.folder} (--restart begins anew).", file=sys.stderr)
+        else:
+            replace_file(note, lambda path: _write(path, json.dumps(results_of).encode()))
+
+    def __enter__(self) -> Chunks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt:
+            print(f"The same command goes on from {self.folder}.", file=sys.stderr)
+
+    def add(self, content: bytes) -> None:
+        """Keep one more chunk."""
+        replace_file(self._path(self.done), lambda path: _write(path, content))
+        self.done += 1
+
+    def finish(self, head: bytes = b"") -> None:
+        """Write `out`, `head` and all chunks, whole or not at all; no chunk is needed any more."""
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                file.write(head)
+                for number in range(self.done):
+                    file.write(self._path(number).read_bytes())
+
+        replace_file(self.out, write)
+        shutil.rmtree(self.folder)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}"
+
+
+def check(out: Path, restart: bool) -> None:
+    """A ValueError where `out` may not be written: it is there already, or is no file."""
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out: expected a file, {out} is none")
+    if out.exists() and not restart:
+        raise ValueError(f"--out: {out} is there already; --restart replaces it")
+
+
+def describe(model: Path, texts: Sequence[str], **options: Any) -> dict[str, Any]:
+    """What results depend on: checksums of a model's folder and of texts, and options."""
+    crc = 0
+    for file in sorted(p for p in model.rglob("*") if p.suffix in _MODEL):
+        crc = zlib.crc32(file.read_bytes(), crc)
+    return {"model": crc, "texts": zlib.crc32(json.dumps(texts).encode()), **options}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
