@@ -16,12 +16,15 @@
 namespace fusedattn {
 namespace {
 
-// `dims`: d + dv of the problem. An instruction set that was asked for by name is used whatever it
-// is worth.
-const Kernels& kernels_of(DType dtype, index_t dims) {
+// Tiles lose numbers below 2^-100: not for a scale that is out of the ordinary, which q or k may
+// have to be out of it too. An instruction set that was asked for by name is used for any d.
+const Kernels& kernels_of(const Call& c) {
   const KernelTable& table = kernel_table();
-  const Kernels* own = table.kernels[int(dtype)];
-  if (!own || (dims < own->least_dims && !isa_is_forced())) own = table.base->kernels[int(dtype)];
+  const Kernels* own = table.kernels[int(c.dtype)];
+  const double factor = std::fabs(c.softcap > 0 ? c.scale / c.softcap : c.scale);
+  const bool ordinary = factor == 0 || (factor > 0x1p-39 && factor < 0x1p39);
+  const bool worth = own && (c.d + c.d_v >= own->least_dims || isa_is_forced());
+  if (!own || (own->tiles && !(ordinary && worth))) own = table.base->kernels[int(c.dtype)];
   return *own;
 }
 index_t compute_size(DType dtype) {
@@ -197,7 +200,7 @@ SegmentTable::SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_id
 }
 
 bool attention_forward(const Call& c, Loop& loop) {
-  const Kernels& kernels = kernels_of(c.dtype, c.d + c.d_v);
+  const Kernels& kernels = kernels_of(c);
   const double flops = 2.0 * pairs(c) * double(c.d + c.d_v);
   const int threads = worthwhile_threads(c.threads, flops);
 
@@ -270,7 +273,7 @@ bool attention_forward(const Call& c, Loop& loop) {
 }
 
 bool attention_backward(Call& c, Loop& loop) {
-  const Kernels& kernels = kernels_of(c.dtype, c.d + c.d_v);
+  const Kernels& kernels = kernels_of(c);
   const double flops = 2.0 * pairs(c) * double(3 * c.d + 2 * c.d_v);
   const int threads = worthwhile_threads(c.threads, flops);
   const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1, heads = c.batch * c.kv_heads;

@@ -288,9 +288,7 @@ static void backward_amx(const BackwardHead& h, index_t key_block, void* scratch
   lay_out<E>(h, static_cast<char*>(scratch), b);
   b.k0 = key_block * BACK_KEYS_AMX;
   b.nk = min_index(BACK_KEYS_AMX, h.sk - b.k0);
-  const Factors factors = logit_factors<float>(h.scale, h.rules);
-  b.factor = float(factors.before);
-  b.after = float(factors.after);
+  b.factor = float(logit_factors<float>(h.scale, h.rules).before);
   b.need_ds = h.dq.data || h.dk.data || h.dbias.data;
   __builtin_memset(b.dk, 0, size_t(up_to(b.nk, CELL) * up_to(b.d, TILE)) * sizeof(float));
   __builtin_memset(b.dv, 0, size_t(up_to(b.nk, CELL) * up_to(b.d_v, TILE)) * sizeof(float));

@@ -8,7 +8,7 @@ enum class Sight { none, some, all };  // of a cell's pairs; all: and no rule ch
 
 struct BackwardAmx {
   index_t k0, nk, d, d_v;
-  float factor, after;  // of the logits; after: 1 for ordinary scales
+  float factor;  // scale * log2(e), or what a softcap makes of it
   bool need_ds;
   Operand k[CELL_COLUMNS], v[CELL_COLUMNS];  // words (d / 2, CELL), for each column of cells
   Operand k_pairs;                           // words (BACK_KEYS_AMX / 2, d)
@@ -65,7 +65,7 @@ FA_NOINLINE bool look(BackwardAmx& b, const Rules& rules) {
           end - begin == CELL && high - low == CELL && span.all.low <= low && span.all.high >= high;
       const bool odd = b.odd_q[r] | b.odd_dout[r] | b.odd_k[c] | b.odd_v[c];
       const bool plain = whole && !odd && !has_dense(rules, cover == Cover::some) &&
-                         rules.softcap <= 0 && !rules.dropout.threshold && b.after == 1;
+                         rules.softcap <= 0 && !rules.dropout.threshold;
       sight = plain ? Sight::all : Sight::some;
       any = true;
     }
@@ -109,7 +109,7 @@ FA_NOINLINE void apply_rules(const BackwardAmx& b, const Rules& rules, int r) {
     for (index_t at = i * CELL; at < (i + 1) * CELL; at += W<T>) {
       const Vec<T> add = load(b.dense + at);
       const IntVec<T> masked = add == splat(-Bits<T>::infinity);
-      Vec<T> s = load(b.s + at) * factor * splat(b.after), slope = one;
+      Vec<T> s = load(b.s + at) * factor, slope = one;
       if (bends) {
         const Vec<T> t = tanh<T>(s);
         slope = one - t * t;

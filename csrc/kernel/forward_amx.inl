@@ -216,13 +216,7 @@ FA_NOINLINE void score_block(const ForwardHead& h, Scored& b, const Matrix& k, c
   b.cut[1] = max_index(b.k0, min_index(b.k1, x.keys.all.low));
   b.cut[2] = max_index(b.cut[1], min_index(b.k1, x.keys.all.high));
   b.cut[3] = b.k1;
-  const Factors factors = logit_factors<T>(h.scale, h.rules);
-  T factor = T(factors.before);
-  if (factors.after != 1) {  // a scale out of the ordinary
-    for (index_t i = low * lanes; i < b.high * lanes; i += W<T>)
-      store(b.s + i, load(b.s + i) * splat(factor));
-    factor = T(factors.after);
-  }
+  const T factor = T(logit_factors<T>(h.scale, h.rules).before);
   for (int r = 0; r < 3; r++) {
     const index_t from = b.cut[r], count = b.cut[r + 1] - from;
     if (count <= 0) continue;

@@ -127,7 +127,8 @@ struct Kernels {
   index_t query_block;   // forward: queries in the widest sub-block
   index_t sub_blocks;    // forward: of these in a task at most
   index_t few_queries;   // forward_few: queries of a group at most
-  index_t least_dims;    // d + dv from which on these are worth it; below, those of `base` run
+  bool tiles;            // AMX's; where they do not suit a problem, those of `base` run
+  index_t least_dims;    // d + dv from which on they are worth it
   index_t back_queries;  // backward: queries in a block, the unit of `turns`
   index_t back_keys;     // backward: keys in a block, the unit of its tasks
   std::size_t (*forward_scratch)(const ForwardHead&, index_t queries);
