@@ -107,6 +107,15 @@ template <int MI, int NJ> FA_INLINE void clear_tiles() {
   if (MI == 2) asm volatile("tilezero %tmm2");
   if (MI == 2 && NJ == 2) asm volatile("tilezero %tmm3");
 }
+template <int MI, int NJ> FA_INLINE void load_sums(const float* c, index_t row) {
+  const char* p = reinterpret_cast<const char*>(c);
+  asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(p), "r"(row) : "memory");
+  if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm1" ::"r"(p + 64), "r"(row) : "memory");
+  p += TILE * row;
+  if (MI == 2) asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(p), "r"(row) : "memory");
+  if (MI == 2 && NJ == 2)
+    asm volatile("tileloadd (%0,%1,1), %%tmm3" ::"r"(p + 64), "r"(row) : "memory");
+}
 template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
   char* p = reinterpret_cast<char*>(c);
   asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(p), "r"(row) : "memory");
@@ -120,11 +129,14 @@ template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
 // MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first, in an
 // order that follows X's pieces: those of a, or where SWAP those of b. So x y and y x have the
 // same bits.
-template <int PA, int PB, int MI, int NJ, bool SWAP = false, class Work>
+template <int PA, int PB, int MI, int NJ, bool SWAP, bool ADD, class Work>
 FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
                             index_t c_row, Work& work) {
   constexpr int PX = SWAP ? PB : PA, PY = SWAP ? PA : PB;
-  clear_tiles<MI, NJ>();
+  if constexpr (ADD)
+    load_sums<MI, NJ>(c, c_row);
+  else
+    clear_tiles<MI, NJ>();
   const char *ap = a.data, *bp = b.data;
   for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row) {
     const auto load_piece = [&](bool rows, int piece) __attribute__((always_inline)) {
@@ -150,7 +162,7 @@ template <int PA, int PB, int MI, int NJ, bool SWAP = false>
 FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
                             index_t c_row) {
   Nothing work;
-  tile_product<PA, PB, MI, NJ, SWAP>(a, b, steps, c, c_row, work);
+  tile_product<PA, PB, MI, NJ, SWAP, false>(a, b, steps, c, c_row, work);
 }
 // How many products of 16 x 16 sums that makes for each DEPTH.
 template <int PX, int PY>
@@ -158,8 +170,8 @@ inline constexpr int PRODUCTS = PX == 3 && PY == 3   ? 6
                                 : PX == 2 && PY == 3 ? 5
                                                      : PX * PY;
 
-// c (m x n, rounded up to whole tiles) = a b.
-template <int PA, int PB, bool SWAP = false, class Work>
+// c (m x n, rounded up to whole tiles) = a b, or where ADD c += a b.
+template <int PA, int PB, bool SWAP, bool ADD, class Work>
 FA_NOINLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
                                    const Operand& b, float* c, index_t c_row, Work& work) {
   const index_t steps = (depth + DEPTH - 1) / DEPTH;
@@ -168,17 +180,22 @@ FA_NOINLINE void multiply_operands(index_t m, index_t n, index_t depth, const Op
       const Operand at{a.data + i * a.row, a.row, a.piece}, bt{b.data + 4 * j, b.row, b.piece};
       float* ct = reinterpret_cast<float*>(reinterpret_cast<char*>(c + j) + i * c_row);
       const bool two = m - i > TILE, wide = n - j > TILE;
-      if (two && wide) tile_product<PA, PB, 2, 2, SWAP>(at, bt, steps, ct, c_row, work);
-      if (two && !wide) tile_product<PA, PB, 2, 1, SWAP>(at, bt, steps, ct, c_row, work);
-      if (!two && wide) tile_product<PA, PB, 1, 2, SWAP>(at, bt, steps, ct, c_row, work);
-      if (!two && !wide) tile_product<PA, PB, 1, 1, SWAP>(at, bt, steps, ct, c_row, work);
+      if (two && wide) tile_product<PA, PB, 2, 2, SWAP, ADD>(at, bt, steps, ct, c_row, work);
+      if (two && !wide) tile_product<PA, PB, 2, 1, SWAP, ADD>(at, bt, steps, ct, c_row, work);
+      if (!two && wide) tile_product<PA, PB, 1, 2, SWAP, ADD>(at, bt, steps, ct, c_row, work);
+      if (!two && !wide) tile_product<PA, PB, 1, 1, SWAP, ADD>(at, bt, steps, ct, c_row, work);
     }
 }
-template <int PA, int PB, bool SWAP = false>
+template <int PA, int PB, class Work>
+FA_INLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
+                                 const Operand& b, float* c, index_t c_row, Work& work) {
+  multiply_operands<PA, PB, false, false>(m, n, depth, a, b, c, c_row, work);
+}
+template <int PA, int PB, bool SWAP = false, bool ADD = false>
 FA_INLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
                                  const Operand& b, float* c, index_t c_row) {
   Nothing work;
-  multiply_operands<PA, PB, SWAP>(m, n, depth, a, b, c, c_row, work);
+  multiply_operands<PA, PB, SWAP, ADD>(m, n, depth, a, b, c, c_row, work);
 }
 
 // What the unit for tiles can do at most, on numbers that are not all the same: with zeros it is
@@ -221,17 +238,18 @@ template <int P> FA_INLINE Cut<P> cut(Vec<float> x) {
 FA_INLINE bool any_lane(IntVec<float> x) {
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
 }
-// Lanes of numbers that could not be cut.
-struct Odd {
-  __mmask16 lanes = 0;
-  FA_INLINE_MEMBER explicit operator bool() const { return lanes != 0; }
+// The largest magnitude met, which tells afterwards whether something could not be cut.
+struct Largest {
+  Words bits{};
+  FA_INLINE_MEMBER bool is_odd() const { return any_lane((IntVec<float>)(bits >= 0x7f7f8000)); }
 };
-// The first piece rounded, so that the signs of the others are random: for operands.
-template <class E> FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, Odd& odd) {
-  const auto magnitude = (__m512i)((Words)x & 0x7fffffff);
-  const __mmask16 even = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
-  odd.lanes |= __mmask16(~even);
-  x = (Vec<float>)_mm512_maskz_mov_ps(even, (__m512)x);
+// The first piece rounded, so that the signs of the others are random: for operands. CAREFUL: 0 for
+// what cannot be cut; else nonsense.
+template <class E, bool CAREFUL>
+FA_INLINE Cut<PIECES<E>> cut_operand(Vec<float> x, Largest& largest) {
+  const Words magnitude = (Words)x & 0x7fffffff;
+  largest.bits = (Words)_mm512_maskz_max_epu32(0xffff, (__m512i)largest.bits, (__m512i)magnitude);
+  if (CAREFUL) x = magnitude >= 0x7f7f8000 ? Vec<float>{} : x;
   if constexpr (PIECES<E> == 3) {
     const Vec<float> first = upper((Vec<float>)((Words)x + 0x8000));
     const Cut<2> rest = cut<2>(x - first);
@@ -264,12 +282,52 @@ FA_INLINE Vec<float> numbers_at(const char* row, index_t col, index_t c, index_t
   if (c >= cols) return Vec<float>{};
   return gather_as<E>(row + c * col, col, int(min_index(W<float>, cols - c)));
 }
-template <class E>
-FA_INLINE Cut<PIECES<E>> cut_at(const Matrix& src, index_t r, index_t rows, index_t c, index_t cols,
-                                bool native, Odd& odd) {
-  return cut_operand<E>(
-      r < rows ? numbers_at<E>(src.data + r * src.row, src.col, c, cols, native) : Vec<float>{},
-      odd);
+// How numbers are read and cut. WHOLE: the matrix is native and comes in whole tiles.
+template <class E, bool WHOLE, bool CAREFUL> struct Cutter {
+  const Matrix& src;
+  index_t rows, cols;
+  bool native;
+  Largest& largest;
+
+  FA_INLINE_MEMBER Cut<PIECES<E>> at(index_t r, index_t c) const {
+    const char* p = src.data + r * src.row;
+    Vec<float> x{};
+    if (WHOLE)
+      x = load_as<E>(p + c * index_t(sizeof(E)));
+    else if (r < rows)
+      x = numbers_at<E>(p, src.col, c, cols, native);
+    return cut_operand<E, CAREFUL>(x, largest);
+  }
+  // 32 numbers of a row; 0 beyond.
+  FA_INLINE_MEMBER Cut<PIECES<E>> row(index_t r, index_t c) const {
+    const auto first = at(r, c), second = at(r, c + W<float>);
+    Cut<PIECES<E>> x;
+    FA_UNROLL
+    for (int n = 0; n < PIECES<E>; n++) x.piece[n] = join_elements(first.piece[n], second.piece[n]);
+    return x;
+  }
+  // Words of rows r and r + 1, 16 columns from c; 0 beyond.
+  FA_INLINE_MEMBER Cut<PIECES<E>> row_pair(index_t r, index_t c) const {
+    const auto low = at(r, c), high = at(r + 1, c);
+    Cut<PIECES<E>> x;
+    FA_UNROLL
+    for (int n = 0; n < PIECES<E>; n++) x.piece[n] = pair_words(low.piece[n], high.piece[n]);
+    return x;
+  }
+};
+
+// f(cutter) with the one that fits; again, carefully, if something cannot be cut. True if so.
+template <class E, class F>
+FA_INLINE bool cut_with(const Matrix& src, index_t rows, index_t cols, bool whole, F&& f) {
+  const bool native = is_native<E>(src);
+  Largest largest;
+  if (whole && native)
+    f(Cutter<E, true, false>{src, rows, cols, native, largest});
+  else
+    f(Cutter<E, false, false>{src, rows, cols, native, largest});
+  if (!largest.is_odd()) return false;
+  f(Cutter<E, false, true>{src, rows, cols, native, largest});
+  return true;
 }
 
 template <int N> FA_INLINE void store_pieces(const Operand& dst, index_t at, const Cut<N>& x) {
@@ -287,52 +345,16 @@ FA_INLINE void store_transposed(const Operand& dst, index_t at, Vec<float> (&x)[
   }
 }
 
-// 32 numbers of a row, cut; 0 beyond.
-template <class E>
-FA_INLINE Cut<PIECES<E>> cut_row(const Matrix& src, index_t r, index_t rows, index_t c,
-                                 index_t cols, bool native, Odd& odd) {
-  const auto first = cut_at<E>(src, r, rows, c, cols, native, odd);
-  const auto second = cut_at<E>(src, r, rows, c + W<float>, cols, native, odd);
-  Cut<PIECES<E>> row;
-  FA_UNROLL
-  for (int n = 0; n < PIECES<E>; n++) row.piece[n] = join_elements(first.piece[n], second.piece[n]);
-  return row;
-}
-// Words of rows r and r + 1, 16 columns from c; 0 beyond.
-template <class E>
-FA_INLINE Cut<PIECES<E>> cut_row_pair(const Matrix& src, index_t r, index_t rows, index_t c,
-                                      index_t cols, bool native, Odd& odd) {
-  const auto low = cut_at<E>(src, r, rows, c, cols, native, odd);
-  const auto high = cut_at<E>(src, r + 1, rows, c, cols, native, odd);
-  Cut<PIECES<E>> words;
-  FA_UNROLL
-  for (int n = 0; n < PIECES<E>; n++) words.piece[n] = pair_words(low.piece[n], high.piece[n]);
-  return words;
-}
-
-// f(whole) with `whole` known at compile time: all of the matrix is native and in whole tiles.
-template <class E, class F> FA_INLINE bool cut_with(const Matrix& src, bool whole, F&& f) {
-  Odd odd;
-  if (whole && is_native<E>(src))
-    f(odd, true);
-  else
-    f(odd, false);
-  return bool(odd);
-}
-
 // dst as rows = src[r0 + r][0:cols] for r < rows. True if something could not be cut.
 template <class E>
 FA_NOINLINE bool cut_rows(Matrix src, index_t r0, index_t rows, index_t cols, const Operand& dst) {
   src.data += r0 * src.row;
-  const bool native = is_native<E>(src);
-  return cut_with<E>(src, rows % TILE == 0 && cols % DEPTH == 0,
-                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
-                       const index_t all_rows = up_to(rows, TILE);
+  const index_t all_rows = up_to(rows, TILE);
+  return cut_with<E>(src, rows, cols, rows % TILE == 0 && cols % DEPTH == 0,
+                     [&](auto cutter) __attribute__((always_inline)) {
                        for (index_t r = 0; r < all_rows; r++)
                          for (index_t c = 0; c < cols; c += DEPTH)
-                           store_pieces(dst, r * dst.row + 2 * c,
-                                        whole ? cut_row<E>(src, r, r + 1, c, c + DEPTH, true, odd)
-                                              : cut_row<E>(src, r, rows, c, cols, native, odd));
+                           store_pieces(dst, r * dst.row + 2 * c, cutter.row(r, c));
                      });
 }
 
@@ -342,16 +364,13 @@ template <class E>
 FA_NOINLINE bool cut_columns(Matrix src, index_t r0, index_t rows, index_t cols,
                              const Operand& dst) {
   src.data += r0 * src.row;
-  const bool native = is_native<E>(src);
-  return cut_with<E>(src, rows % TILE == 0 && cols % DEPTH == 0,
-                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+  return cut_with<E>(src, rows, cols, rows % TILE == 0 && cols % DEPTH == 0,
+                     [&](auto cutter) __attribute__((always_inline)) {
                        for (index_t r = 0; r < rows; r += TILE)
                          for (index_t c = 0; c < cols; c += DEPTH) {
                            Vec<float> t[PIECES<E>][TILE];
                            for (index_t i = 0; i < TILE; i++) {
-                             const auto row =
-                                 whole ? cut_row<E>(src, r + i, r + i + 1, c, c + DEPTH, true, odd)
-                                       : cut_row<E>(src, r + i, rows, c, cols, native, odd);
+                             const auto row = cutter.row(r + i, c);
                              FA_UNROLL
                              for (int n = 0; n < PIECES<E>; n++) t[n][i] = row.piece[n];
                            }
@@ -365,16 +384,12 @@ template <class E>
 FA_NOINLINE bool cut_row_pairs(Matrix src, index_t r0, index_t rows, index_t cols,
                                const Operand& dst) {
   src.data += r0 * src.row;
-  const bool native = is_native<E>(src);
-  return cut_with<E>(src, rows % DEPTH == 0 && cols % TILE == 0,
-                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
-                       const index_t all_rows = up_to(rows, DEPTH);
+  const index_t all_rows = up_to(rows, DEPTH);
+  return cut_with<E>(src, rows, cols, rows % DEPTH == 0 && cols % TILE == 0,
+                     [&](auto cutter) __attribute__((always_inline)) {
                        for (index_t r = 0; r < all_rows; r += 2)
                          for (index_t c = 0; c < cols; c += TILE)
-                           store_pieces(dst, r / 2 * dst.row + 4 * c,
-                                        whole
-                                            ? cut_row_pair<E>(src, r, r + 2, c, c + TILE, true, odd)
-                                            : cut_row_pair<E>(src, r, rows, c, cols, native, odd));
+                           store_pieces(dst, r / 2 * dst.row + 4 * c, cutter.row_pair(r, c));
                      });
 }
 
@@ -383,17 +398,13 @@ template <class E>
 FA_NOINLINE bool cut_transposed(Matrix src, index_t r0, index_t rows, index_t cols,
                                 const Operand& dst) {
   src.data += r0 * src.row;
-  const bool native = is_native<E>(src);
-  return cut_with<E>(src, rows % DEPTH == 0 && cols % TILE == 0,
-                     [&](Odd& odd, bool whole) __attribute__((always_inline)) {
+  return cut_with<E>(src, rows, cols, rows % DEPTH == 0 && cols % TILE == 0,
+                     [&](auto cutter) __attribute__((always_inline)) {
                        for (index_t c = 0; c < cols; c += TILE)
                          for (index_t r = 0; r < rows; r += DEPTH) {
                            Vec<float> t[PIECES<E>][TILE];
                            for (index_t i = 0; i < TILE; i++) {
-                             const index_t at = r + 2 * i;
-                             const auto words =
-                                 whole ? cut_row_pair<E>(src, at, at + 2, c, c + TILE, true, odd)
-                                       : cut_row_pair<E>(src, at, rows, c, cols, native, odd);
+                             const auto words = cutter.row_pair(r + 2 * i, c);
                              FA_UNROLL
                              for (int n = 0; n < PIECES<E>; n++) t[n][i] = words.piece[n];
                            }

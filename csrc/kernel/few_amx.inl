@@ -3,7 +3,8 @@
 //
 //   S^T [keys x 16] = rows of K, words of Q^T;   O [16 x dv] = rows of P, words of V
 //
-// K is cut where it lies along d and V in pairs of rows, so neither is transposed. Cost for 128
+// K is cut where it lies along d and V in pairs of rows, so neither is transposed, 32 keys at a
+// time: their pieces stay in L1. Cost for 128
 // keys of d = 128, in cycles: cutting 2 * 1024 vectors of float32 at 4 to 5, products 2 * 3000
 // (float32), about 128 KB in 16,000: more than the memory delivers.
 
@@ -59,8 +60,8 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
   T* s = carve<T>(free, KEY_BLOCK * TILE);
   E *k_rows = carve<E>(free, paged ? KEY_BLOCK * h.d : 0),
     *v_rows = carve<E>(free, paged ? KEY_BLOCK * h.dv : 0);
-  const Operand k_cut = rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
-                v_cut = words_operand(free, PIECES<E>, KEY_BLOCK, h.dv),
+  const Operand k_cut = rows_operand(free, PIECES<E>, DEPTH, h.d),
+                v_cut = words_operand(free, PIECES<E>, DEPTH, h.dv),
                 q_cut = words_operand(free, PIECES<E>, h.d, TILE),
                 p_cut = rows_operand(free, P, TILE, KEY_BLOCK);
   const T factor = T(logit_factors<T>(h.scale, h.rules).before);
@@ -100,8 +101,13 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
     // 1. scores
     const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, k_rows);
     const Matrix v = block_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, v_rows);
-    const bool odd_k = cut_rows<E>(k, 0, all, h.d, k_cut);
-    multiply_operands<PIECES<E>, PIECES<E>>(all, TILE, h.d, k_cut, q_cut, s, 4 * TILE);
+    bool odd_k = false, odd_v = false;
+    for (index_t i = 0; i < all; i += DEPTH) {
+      const index_t rest = min_index(DEPTH, all - i);
+      odd_k |= cut_rows<E>(k, i, rest, h.d, k_cut);
+      multiply_operands<PIECES<E>, PIECES<E>>(rest, TILE, h.d, k_cut, q_cut, s + i * TILE,
+                                              4 * TILE);
+    }
     if (odd_k || odd_q) mend_few<E>(rows, count, k, all, h.d, s);
     for (index_t i = 0; i < all; i += W<T>) {
       Vec<T> t[W<T>];
@@ -129,8 +135,14 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
       __builtin_memset(p_cut.data + c * p_cut.piece + count * p_cut.row, 0,
                        size_t((TILE - count) * p_cut.row));
     // 3. O = O * rescale + P V
-    const bool odd_v = cut_row_pairs<E>(v, 0, all, h.dv, v_cut);
-    multiply_operands<P, PIECES<E>, true>(TILE, dv, all, p_cut, v_cut, sums, 4 * dv);
+    for (index_t i = 0; i < all; i += DEPTH) {
+      const Operand p_part{p_cut.data + 2 * i, p_cut.row, p_cut.piece};
+      odd_v |= cut_row_pairs<E>(v, i, min_index(DEPTH, all - i), h.dv, v_cut);
+      if (i == 0)
+        multiply_operands<P, PIECES<E>, true>(TILE, dv, DEPTH, p_part, v_cut, sums, 4 * dv);
+      else
+        multiply_operands<P, PIECES<E>, true, true>(TILE, dv, DEPTH, p_part, v_cut, sums, 4 * dv);
+    }
     for (int r = 0; r < count; r++) {
       const Row<T>& x = rows[r];
       T* sum = sums + r * dv;
