@@ -35,6 +35,8 @@ namespace {
 #include "kernel/product.inl"
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
+#include "kernel/amx_cut.inl"
+#include "kernel/forward_amx_block.inl"
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"

@@ -211,7 +211,7 @@ def measure(
         batch = batches[turn % len(batches)]
         for name, step in steps.items():
             _settle()
-            step(batches[turn - 1])  # wakes the threads
+            step(batches[(turn - 1) % len(batches)])  # wakes the threads
             start = time.perf_counter()
             step(batch)
             samples[name].append(time.perf_counter() - start)
