@@ -16,16 +16,19 @@
 namespace fusedattn {
 namespace {
 
+const Kernels& kernels_in(const KernelTable& table, DType dtype) {
+  const Kernels* own = table.kernels[int(dtype)];
+  return own ? *own : *table.base->kernels[int(dtype)];
+}
 // Tiles lose numbers below 2^-100: not for a scale that is out of the ordinary, which q or k may
 // have to be out of it too. An instruction set that was asked for by name is used for any d.
 const Kernels& kernels_of(const Call& c) {
   const KernelTable& table = kernel_table();
-  const Kernels* own = table.kernels[int(c.dtype)];
+  const Kernels& best = kernels_in(table, c.dtype);
   const double factor = std::fabs(c.softcap > 0 ? c.scale / c.softcap : c.scale);
   const bool ordinary = factor == 0 || (factor > 0x1p-39 && factor < 0x1p39);
-  const bool worth = own && (c.d + c.d_v >= own->least_dims || isa_is_forced());
-  if (!own || (own->tiles && !(ordinary && worth))) own = table.base->kernels[int(c.dtype)];
-  return *own;
+  const bool worth = c.d + c.d_v >= best.least_dims || isa_is_forced();
+  return best.tiles && !(ordinary && worth) ? kernels_in(*table.base, c.dtype) : best;
 }
 index_t compute_size(DType dtype) {
   return dtype == DType::float64 ? 8 : 4;
@@ -369,9 +372,7 @@ bool attention_backward(Call& c, Loop& loop) {
 }
 
 double measure_peak(DType dtype, int threads) {
-  const KernelTable& table = best_table();
-  const Kernels* own = table.kernels[int(dtype)];
-  const Kernels& kernels = own ? *own : *table.base->kernels[int(dtype)];
+  const Kernels& kernels = kernels_in(best_table(), dtype);
   double best = 0;
   for (int i = 0; i < 5; i++) {
     Loop loop{};

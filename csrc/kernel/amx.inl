@@ -164,9 +164,7 @@ FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, f
 }
 // How many products of 16 x 16 sums that makes for each DEPTH.
 template <int PX, int PY>
-inline constexpr int PRODUCTS = PX == 3 && PY == 3   ? 6
-                                : PX == 2 && PY == 3 ? 5
-                                                     : PX * PY;
+inline constexpr int PRODUCTS = PX > 1 && PY > 1 && PX + PY > 4 ? PX + PY : PX * PY;
 
 // c (m x n, rounded up to whole tiles) = a b, or where ADD c += a b.
 template <int PA, int PB, bool SWAP, bool ADD, class Work>

@@ -5,14 +5,11 @@
 // P and dS of 16-bit types: bfloat16 takes them rounded to one piece, float16 as they are.
 template <class E> inline constexpr int COMPUTED = PIECES<E> == 1 ? 1 : 3;
 
-FA_INLINE Vec<float> words_of(Vec<float> low, Vec<float> high) {
-  return (Vec<float>)(((Words)high & 0xffff0000) | ((Words)low >> 16));
-}
-// The lower halves of the last piece may be anything: words_of drops them.
+// The lower halves of the last piece may be anything: pair_words drops them.
 template <int P> FA_INLINE void store_words(char* at, index_t piece, Cut<P> low, Cut<P> high) {
   FA_UNROLL
   for (int n = 0; n < P; n++)
-    store(reinterpret_cast<float*>(at + n * piece), words_of(low.piece[n], high.piece[n]));
+    store(reinterpret_cast<float*>(at + n * piece), pair_words(low.piece[n], high.piece[n]));
 }
 // One piece is rounded to nearest, several are truncated. NaN stays NaN.
 template <int P> FA_INLINE Cut<P> cut_computed(Vec<float> x) {

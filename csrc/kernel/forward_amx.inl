@@ -18,6 +18,10 @@ FA_NOINLINE Matrix gather_pages(const Matrix& m, const Pages& pages, index_t pag
   for (index_t r = 0; r < rows; r++) {
     const index_t at = r0 + r;
     const char* p = m.data + pages.table[at / pages.rows] * page + at % pages.rows * m.row;
+    if (m.col == index_t(sizeof(E))) {
+      __builtin_memcpy(dst + r * cols, p, size_t(cols) * sizeof(E));
+      continue;
+    }
     for (index_t c = 0; c < cols; c++)
       __builtin_memcpy(&dst[r * cols + c], p + c * m.col, sizeof(E));
   }

@@ -66,6 +66,17 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
   }
 }
 
+// Words of two keys at `at`, cut.
+template <int P>
+FA_INLINE void store_cut_words(char* at, index_t piece, Vec<float> low, Vec<float> high) {
+  FA_UNROLL
+  for (int n = 0; n < P; n++) {
+    store(reinterpret_cast<float*>(at + n * piece), pair_words(low, high));
+    low -= upper(low);
+    high -= upper(high);
+  }
+}
+
 // P = exp2(S - max) of a block, two keys of 16 queries at a time, done while the unit for tiles
 // multiplies something else: step() after step() until none is left. P is cut into words, or stays
 // where S was.
@@ -97,19 +108,13 @@ template <int P> struct Exponentials {
       s += 2 * width;
       words.data += words.row;
     }
-    Vec<T> a = exp2<T>(load(at) - top), b = exp2<T>(load(at + width) - top);
+    const Vec<T> a = exp2<T>(load(at) - top), b = exp2<T>(load(at + width) - top);
     store(total, (load(total) + a) + b);
     if (in_place) {
       store(at, a);
       store(at + width, b);
     } else {
-      const index_t piece = words.piece;
-      FA_UNROLL
-      for (int n = 0; n < P; n++) {
-        store(reinterpret_cast<T*>(word + n * piece), pair_words(a, b));
-        a -= upper(a);
-        b -= upper(b);
-      }
+      store_cut_words<P>(word, words.piece, a, b);
     }
     if (row_done && ahead->burst) {
       fetch_ahead(*ahead);
@@ -123,15 +128,9 @@ template <int P> struct Exponentials {
 template <int P>
 FA_NOINLINE void to_words(index_t n, index_t lanes, const float* p, const Operand& words) {
   for (index_t i = 0; i < n; i += 2)
-    for (index_t j = 0; j < lanes; j += W<float>) {
-      Vec<float> a = load(p + i * lanes + j), b = load(p + (i + 1) * lanes + j);
-      for (int c = 0; c < P; c++) {
-        store(reinterpret_cast<float*>(words.data + c * words.piece + i / 2 * words.row + 4 * j),
-              pair_words(a, b));
-        a -= upper(a);
-        b -= upper(b);
-      }
-    }
+    for (index_t j = 0; j < lanes; j += W<float>)
+      store_cut_words<P>(words.data + i / 2 * words.row + 4 * j, words.piece,
+                         load(p + i * lanes + j), load(p + (i + 1) * lanes + j));
 }
 // What was cut into words, put together again.
 FA_INLINE float word_element(const Operand& words, int pieces, index_t key, index_t column) {
@@ -191,9 +190,6 @@ FA_NOINLINE void score_block(const ForwardHead& h, Scored& b, const Matrix& k, c
   Queries<T>& x = *b.x;
   const index_t lanes = x.vectors * W<T>, low = b.low, rows = b.high - low;
   const Operand q{reinterpret_cast<char*>(x.q), 4 * lanes, words_bytes(h.d, lanes)};
-  const index_t products =
-      rows / TILE * x.vectors * (up_to(h.d, DEPTH) / DEPTH) * PRODUCTS<PIECES<E>, PIECES<E>>;
-  before.share = (256 * before.left + products - 1) / products;
   multiply_operands<PIECES<E>, PIECES<E>>(
       rows, lanes, h.d, {keys.k.data + low * keys.k.row, keys.k.row, keys.k.piece}, q,
       b.s + low * lanes, 4 * lanes, before);
