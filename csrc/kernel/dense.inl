@@ -139,7 +139,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));
-      Vec<T> t[W<T>] = {};
+      Vec<T> t[W<T>];
       if (bias.data) {
         FA_UNROLL
         for (int i = 0; i < W<T>; i++)
@@ -156,6 +156,9 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
       } else if (bias.data) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) t[j] = add_bias<T>(t[j], Vec<T>{});
+      } else {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) t[j] = Vec<T>{};
       }
       if (use_mask) {
         if (c % at_once == 0) transpose_mask<T>(rules.mask, column, k0 + c, k1, words);
@@ -201,8 +204,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool us
   return {tile, lanes, W<T>};
 }
 
-// S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io. p may be
-// written up to a multiple of W keys.
+// S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io.
 template <class T> struct Adding {
   static constexpr int chains = 2;  // that need not wait for each other
   Vec<T> max[chains], any[chains];
@@ -238,17 +240,87 @@ FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T*
   }
 }
 
+// The same of a mask alone, for queries that may see all keys but those it hides.
+template <class T>
+FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1, T* p,
+                            T* max_io) {
+  using Int = typename Bits<T>::type;
+  constexpr index_t at_once = FUSEDATTN_VECTOR_BYTES, size = sizeof(T);
+  const index_t lanes = x.vectors * W<T>;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    DenseColumn<T> column;
+    for (int i = 0; i < W<T>; i++) column.query[i] = x.first + min_index(r + i, x.count - 1);
+    Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
+    IntVec<T> any{};
+    T* at = p + r;
+    for (index_t key = k0; key < k1; key += at_once) {
+      Vec<T> words[W<T>];
+      transpose_mask<T>(rules.mask, column, key, k1, words);
+      for (index_t j = 0; j < min_index(at_once, k1 - key); j++, at += lanes) {
+        const IntVec<T> byte = (IntVec<T>)words[j / size] & (Int(0xff) << (8 * (j % size)));
+        const Vec<T> s = byte == 0 ? minus_inf : load(at);
+        any |= byte;
+        max[j % 2] = max_or_second<T>(s, max[j % 2]);
+        store(at, s);
+      }
+    }
+    store(max_io + r, max_or_second<T>(max[1], max[0]));
+    store(x.seen + r, any == 0 ? load(x.seen + r) : splat(T(1)));
+  }
+}
+
+// The same of a bias alone.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1, T* p,
+                            T* max_io) {
+  const Matrix& bias = rules.bias;
+  const bool native = is_native_bias<E>(bias);
+  const index_t lanes = x.vectors * W<T>, then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity), lowest = splat(Bits<T>::lowest);
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    const index_t last = x.count - 1 - r;
+    Vec<T> max[2] = {load(max_io + r), load(max_io + r)}, any = load(x.seen + r);
+    T* at = p + r;
+    for (index_t key = k0; key < k1; key += W<T>) {
+      const char* from = bias.data + (x.first + r) * bias.row + key * bias.col;
+      Vec<T> t[W<T>];
+      FA_UNROLL
+      for (int i = 0; i < W<T>; i++)
+        t[i] = load_bias<E>(from + min_index(i, last) * bias.row, bias.col, native, k1 - key, then);
+      transpose_registers<T>(t);
+      const index_t n = min_index(W<T>, k1 - key);
+      FA_UNROLL
+      for (int j = 0; j < W<T>; j++) {
+        if (j >= n) break;
+        const Vec<T> add = max_or_second<T>(lowest, t[j] * splat(T(LOG2E)));
+        const Vec<T> s = t[j] == minus_inf ? minus_inf : load(at) + add;
+        any = t[j] == minus_inf ? any : splat(T(1));
+        max[j % 2] = max_or_second<T>(s, max[j % 2]);
+        store(at, s);
+        at += lanes;
+      }
+    }
+    store(max_io + r, max_or_second<T>(max[1], max[0]));
+    store(x.seen + r, any);
+  }
+}
+
 // The same without a tile in between.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
                                     bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
+  const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
+  if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
+  if (!others && !use_mask) return apply_bias<E>(rules, x, k0, k1, p, max_io);
   const index_t lanes = x.vectors * W<T>;
   for_dense<E>(rules, x, use_mask, ragged, k0, k1,
                [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
                  Adding<T> sums;
                  sums.load_from(max_io + r, x.seen + r);
                  FA_UNROLL
-                 for (int j = 0; j < W<T>; j++) sums.add(p + (c + j) * lanes + r, t[j], j % 2);
+                 for (int j = 0; j < W<T>; j++)
+                   if (c + j < k1 - k0) sums.add(p + (c + j) * lanes + r, t[j], j % 2);
                  sums.store_to(max_io + r, x.seen + r);
                });
 }

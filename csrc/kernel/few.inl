@@ -95,9 +95,9 @@ FA_NOINLINE float few_round(float* p, index_t n) {
 }
 #endif
 
-// Masks and bias, maximum, P = exp2(S - max), sum: for one row and keys [k0, k0 + n).
+// Softcap, masks and bias: the logits of one row and keys [k0, k0 + n), -inf up to a multiple of W.
 template <class E, class T = Compute<E>>
-FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
+FA_NOINLINE void few_rules(Row<T>& x, index_t k0, index_t n) {
   const Rules& rules = x.head->rules;
   const bool ragged = x.keys.low > k0 || x.keys.high < k0 + n;
   const index_t padded = round_up<T>(n);
@@ -123,10 +123,22 @@ FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
     x.seen = true;
   }
   for (index_t i = n; i < padded; i++) x.p[i] = -Bits<T>::infinity;
+}
+// The largest of n logits, a multiple of W, and x.max.
+template <class T> FA_INLINE T few_max(const Row<T>& x, const T* p, index_t n) {
   Vec<T> top = splat(x.max);
-  for (index_t i = 0; i < padded; i += W<T>) top = max_or_second<T>(load(x.p + i), top);
+  for (index_t i = 0; i < n; i += W<T>) top = max_or_second<T>(load(p + i), top);
   T max = top[0];
   for (int i = 1; i < W<T>; i++) max = top[i] > max ? top[i] : max;
+  return max;
+}
+
+// Rules, maximum, P = exp2(S - max), sum.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void few_softmax(Row<T>& x, index_t k0, index_t n) {
+  few_rules<E>(x, k0, n);
+  const index_t padded = round_up<T>(n);
+  const T max = few_max(x, x.p, padded);
   const Vec<T> rescale = exp2<T>(splat(x.max) - splat(max));
   for (index_t i = 0; i < padded; i += W<T>) store(x.p + i, exp2<T>(load(x.p + i) - splat(max)));
   T sum = 0;

@@ -11,18 +11,18 @@
 // Logits of rows or keys that could not be cut, by hand; s[key][row].
 template <class E>
 FA_NOINLINE void mend_few(const Row<float>* rows, int count, const Matrix& k, index_t n, index_t d,
-                          float* s) {
+                          float factor, float* s) {
   for (index_t i = 0; i < n; i++) {
     const bool odd_key = is_odd_row<E>(k, i, d);
     for (int r = 0; r < count; r++) {
       const Matrix& q = rows[r].head->q;
       if (odd_key || is_odd_row<E>(q, rows[r].query, d))
-        s[i * TILE + r] = dot_rows<E>(k, i, q, rows[r].query, d);
+        s[i * TILE + r] = dot_rows<E>(k, i, q, rows[r].query, d) * factor;
     }
   }
 }
 
-// What could not be cut of V, for the rows that may see it; sums[row][column], p[key] from key k0.
+// What could not be cut of V, for the rows that may see it; p[key] from key k0.
 template <class E>
 FA_NOINLINE void mend_few_values(const Row<float>& x, const Matrix& v, index_t first, index_t n,
                                  index_t dv, float* sums) {
@@ -35,14 +35,47 @@ FA_NOINLINE void mend_few_values(const Row<float>& x, const Matrix& v, index_t f
   }
 }
 
+// P = exp2(S - max) of keys [k0, k0 + n), cut into row r of `words`, whose first key is a multiple
+// of 32, `before` keys earlier; the sums in the order of forward_amx.inl.
+template <class E>
+FA_NOINLINE void few_exponentials(Row<float>& x, int r, index_t k0, index_t n, index_t before,
+                                  const Operand& words) {
+  using T = float;
+  few_rules<E>(x, k0, n);
+  T* p = x.p - before;
+  const index_t all = up_to(before + n, DEPTH);
+  for (index_t i = 0; i < before; i++) p[i] = -Bits<T>::infinity;
+  for (index_t i = before + round_up<T>(n); i < all; i++) p[i] = -Bits<T>::infinity;
+  T max = x.max;
+  for (index_t i = 0; i < all && max == Bits<T>::lowest; i += DEPTH) max = few_max(x, p + i, DEPTH);
+  max = next_max(max, few_max(x, p, all));
+  const Vec<T> rescale = exp2<T>(splat(x.max) - splat(max)), top = splat(max);
+  T sum = 0;
+  for (index_t i = 0; i < all; i += DEPTH) {
+    const Vec<T> a = exp2<T>(load(p + i) - top), b = exp2<T>(load(p + i + W<T>) - top);
+    store(p + i, a);
+    store(p + i + W<T>, b);
+    for (int j = 0; j < W<T>; j++) sum = (sum + a[j]) + b[j];
+    constexpr int P = P_PIECES<E>;
+    store_words<P>(words.data + r * words.row + 2 * i, words.piece, cut_computed<P>(a),
+                   cut_computed<P>(b));
+  }
+  x.total = x.sum = fma<T>(splat(x.sum), rescale, splat(sum))[0];
+  x.max = max;
+  x.rescale = rescale[0];
+}
+
 template <class E> static size_t few_scratch_amx(const ForwardHead& h) {
-  const index_t d = up_to(h.d, DEPTH), dv = up_to(h.dv, TILE), ld = up_to(h.d, W<float>);
-  const index_t pieces =
-      PIECES<E> * 2 * (KEY_BLOCK * (d + dv) + TILE * d) + P_PIECES<E> * 2 * TILE * KEY_BLOCK;
+  const index_t dv = up_to(h.dv, TILE);
+  char* end = nullptr;  // what is carved
+  rows_operand(end, PIECES<E>, DEPTH, h.d);
+  words_operand(end, PIECES<E>, DEPTH, h.dv);
+  words_operand(end, PIECES<E>, h.d, TILE);
+  rows_operand(end, P_PIECES<E>, TILE, KEY_BLOCK);
   const index_t numbers =
-      4 * ((2 * TILE + FEW) * dv + 2 * FEW * (KEY_BLOCK + 2 * W<float>)+KEY_BLOCK * TILE);
-  const index_t elements = (FEW * ld + KEY_BLOCK * (h.d + h.dv)) * index_t(sizeof(E));
-  return size_t(pieces + numbers + elements + 24 * 64);
+      4 * (2 * TILE * dv + 2 * FEW * (KEY_BLOCK + 2 * W<float>)+KEY_BLOCK * TILE);
+  const index_t elements = (FEW * h.d + KEY_BLOCK * (h.d + h.dv)) * index_t(sizeof(E));
+  return size_t(end - static_cast<char*>(nullptr) + numbers + elements + 24 * 64);
 }
 
 template <class E>
@@ -55,7 +88,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
   const index_t dv = up_to(h.dv, TILE), p_row = KEY_BLOCK + 2 * W<T>;
   const bool paged = h.pages.table != nullptr;
   E* q = carve<E>(free, FEW * h.d);
-  T *o = carve<T>(free, FEW * dv), *sums = carve<T>(free, TILE * dv);
+  T *o = carve<T>(free, TILE * dv), *sums = carve<T>(free, TILE * dv);
   T *p = carve<T>(free, FEW * p_row), *dense = carve<T>(free, FEW * p_row);
   T* s = carve<T>(free, KEY_BLOCK * TILE);
   E *k_rows = carve<E>(free, paged ? KEY_BLOCK * h.d : 0),
@@ -64,7 +97,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
                 v_cut = words_operand(free, PIECES<E>, DEPTH, h.dv),
                 q_cut = words_operand(free, PIECES<E>, h.d, TILE),
                 p_cut = rows_operand(free, P, TILE, KEY_BLOCK);
-  const T factor = T(logit_factors<T>(h.scale, h.rules).before);
+  const LogitFactor factor = logit_factor<E>(h);
 
   Row<T> rows[FEW];
   int count = 0;
@@ -93,7 +126,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
       any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
     }
   const Matrix q_rows{reinterpret_cast<char*>(q), h.d * index_t(sizeof(E)), index_t(sizeof(E))};
-  const bool odd_q = cut_columns<E>(q_rows, 0, count, h.d, q_cut);
+  const bool odd_q = cut_matrix<E, true, false>(q_rows, 0, count, h.d, q_cut, factor.in_q);
 
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t k0 = max_index(block, any.low), k1 = min_index(block + KEY_BLOCK, any.high);
@@ -104,51 +137,46 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
     bool odd_k = false, odd_v = false;
     for (index_t i = 0; i < all; i += DEPTH) {
       const index_t rest = min_index(DEPTH, all - i);
-      odd_k |= cut_rows<E>(k, i, rest, h.d, k_cut);
+      odd_k |= cut_matrix<E, false, true>(k, i, rest, h.d, k_cut);
       multiply_operands<PIECES<E>, PIECES<E>>(rest, TILE, h.d, k_cut, q_cut, s + i * TILE,
                                               4 * TILE);
     }
-    if (odd_k || odd_q) mend_few<E>(rows, count, k, all, h.d, s);
+    if (odd_k || odd_q) mend_few<E>(rows, count, k, all, h.d, factor.in_q, s);
     for (index_t i = 0; i < all; i += W<T>) {
       Vec<T> t[W<T>];
       FA_UNROLL
       for (int j = 0; j < W<T>; j++) t[j] = load(s + (i + j) * TILE);
       transpose_registers<T>(t);
-      for (int r = 0; r < count; r++) store(p + r * p_row + i, t[r] * splat(factor));
+      for (int r = 0; r < count; r++) store(p + r * p_row + i, t[r] * splat(factor.after));
     }
     // 2. P = exp2(S - max), cut into rows that begin at key `base`
     for (int r = 0; r < count; r++) {
       Row<T>& x = rows[r];
       x.p = p + r * p_row + before;
-      few_softmax<E>(x, k0, n);
-      for (index_t i = 0; i < before; i++) p[r * p_row + i] = 0;
-      for (index_t i = all; i < up_to(all, DEPTH); i++) p[r * p_row + i] = 0;
-      for (index_t i = 0; i < all; i += DEPTH) {
-        const Cut<P> a = cut<P>(load(p + r * p_row + i)),
-                     b = cut<P>(load(p + r * p_row + i + W<T>));
-        for (int c = 0; c < P; c++)
-          store(reinterpret_cast<T*>(p_cut.data + c * p_cut.piece + r * p_cut.row + 2 * i),
-                join_elements(a.piece[c], b.piece[c]));
-      }
+      few_exponentials<E>(x, r, k0, n, before, p_cut);
     }
     for (int c = 0; c < P; c++)
       __builtin_memset(p_cut.data + c * p_cut.piece + count * p_cut.row, 0,
                        size_t((TILE - count) * p_cut.row));
-    // 3. O = O * rescale + P V
+    // 3. O = O * rescale + P V, as add_values does it
+    if (P < 3)
+      for (int r = 0; r < count; r++)
+        for (index_t c = 0; rows[r].rescale != 1 && c < dv; c += W<T>)
+          store(rows[r].o + c, load(rows[r].o + c) * splat(rows[r].rescale));
     for (index_t i = 0; i < all; i += DEPTH) {
       const Operand p_part{p_cut.data + 2 * i, p_cut.row, p_cut.piece};
-      odd_v |= cut_row_pairs<E>(v, i, min_index(DEPTH, all - i), h.dv, v_cut);
-      if (i == 0)
+      odd_v |= cut_matrix<E, false, false>(v, i, min_index(DEPTH, all - i), h.dv, v_cut);
+      if (P == 3 && i == 0)
         multiply_operands<P, PIECES<E>, true>(TILE, dv, DEPTH, p_part, v_cut, sums, 4 * dv);
       else
-        multiply_operands<P, PIECES<E>, true, true>(TILE, dv, DEPTH, p_part, v_cut, sums, 4 * dv);
+        multiply_operands<P, PIECES<E>, true, true>(TILE, dv, DEPTH, p_part, v_cut,
+                                                    P == 3 ? sums : o, 4 * dv);
     }
     for (int r = 0; r < count; r++) {
       const Row<T>& x = rows[r];
-      T* sum = sums + r * dv;
-      if (odd_v) mend_few_values<E>(x, v, before, n, h.dv, sum);
-      for (index_t c = 0; c < dv; c += W<T>)
-        store(x.o + c, fma<T>(load(x.o + c), splat(x.rescale), load(sum + c)));
+      for (index_t c = 0; P == 3 && c < dv; c += W<T>)
+        store(x.o + c, fma<T>(load(x.o + c), splat(x.rescale), load(sums + r * dv + c)));
+      if (odd_v) mend_few_values<E>(x, v, before, n, h.dv, x.o);
     }
   }
 

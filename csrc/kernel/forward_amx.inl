@@ -7,9 +7,10 @@
 // K and V are cut once for all queries of a task; P is cut as it is made.
 //
 // Cost for 16 scores (one vector) at d = 64, in cycles: the products 2 * 2 * d / 32 = 4 for each
-// pair of pieces in registers, so 24 for float32 and 6 for bfloat16, and half as much again for
-// loads and stores of tiles; scaling and maximum 2, exponential and cutting 9, the sums'
-// rescaling 2. For 512 queries cutting K and V adds 1 to 2.
+// pair of pieces in registers, so 24 for float32 and 4 for bfloat16, and half as much again for
+// loads and stores of tiles; exponential, sums and cutting 7 to 9. Cutting K and V is shared by the
+// queries of a task. Exponentials between the tiles' instructions, of other keys, were tried: no
+// faster with any type than one after the other with all that is touched in the L1 cache.
 
 // Rows [r0, r0 + rows) of k or v, gathered from pages to scratch, `cols` elements each.
 template <class E>
@@ -36,14 +37,17 @@ FA_INLINE Matrix block_rows(const Matrix& m, const Pages& pages, index_t page, i
 }
 
 template <class E> static size_t forward_scratch_amx(const ForwardHead& h, index_t queries) {
-  const index_t subs = (queries + W<float> - 1) / W<float>, lanes = up_to(queries, LANES<float>);
-  const index_t d = up_to(h.d, DEPTH), dv = up_to(h.dv, TILE), L = LANES<float>;
-  const index_t pieces =
-      PIECES<E> * 2 * (lanes * d + KEY_BLOCK * (d + dv)) + 3 * P_PIECES<E> * 2 * KEY_BLOCK * L;
-  const index_t numbers = 4 * (lanes * (dv + 4) + 6 * KEY_BLOCK * L + dv * L);
+  const index_t subs = (queries + W<float> - 1) / W<float>, L = LANES<float>;
+  char* end = nullptr;  // what is carved, but for the queries
+  words_operand(end, P_PIECES<E>, KEY_BLOCK, L);
+  rows_operand(end, PIECES<E>, KEY_BLOCK, h.d);
+  rows_operand(end, PIECES<E>, h.dv, KEY_BLOCK);
+  const index_t q = PIECES<E> * as_words(nullptr, h.d, 2 * TILE).piece / 2;  // of 16 lanes, at most
+  const index_t numbers =
+      4 * (subs * W<float> * (up_to(h.dv, TILE) + 4) + 2 * KEY_BLOCK * L + 4 * TILE * TILE);
   const index_t gathered = h.pages.table ? KEY_BLOCK * (h.d + h.dv) * index_t(sizeof(E)) : 0;
-  return size_t(pieces + numbers + gathered + subs * (index_t(sizeof(Queries<float>)) + 8 * 64) +
-                16 * 64);
+  return size_t(end - static_cast<char*>(nullptr) + numbers + gathered +
+                subs * (q + index_t(sizeof(Queries<float>)) + 8 * 64) + 16 * 64);
 }
 
 template <class E>
@@ -52,13 +56,11 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   using T = float;
   const Tiles tiles;
   char* free = static_cast<char*>(scratch);
-  Scored scored[3];  // scores, exponentials and values of three blocks are computed side by side
-  for (Scored& b : scored) {
-    b.s = carve<T>(free, KEY_BLOCK * LANES<T>);
-    b.tile = carve<T>(free, KEY_BLOCK * LANES<T>);
-    b.words = words_operand(free, P_PIECES<E>, KEY_BLOCK, LANES<T>);
-  }
-  T* sums = carve<T>(free, up_to(h.dv, TILE) * LANES<T>);
+  Scored b;
+  b.s = carve<T>(free, KEY_BLOCK * LANES<T>);
+  b.tile = carve<T>(free, KEY_BLOCK * LANES<T>);
+  b.sums = carve<T>(free, 4 * TILE * TILE);
+  const Operand words = words_operand(free, P_PIECES<E>, KEY_BLOCK, LANES<T>);
   KeyBlock keys{rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
                 rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
   E *k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0),
@@ -66,50 +68,37 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   auto* subs = reinterpret_cast<Queries<T>*>(
       carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
 
+  const LogitFactor factor = logit_factor<E>(h);
   int n = 0;
   Interval any{h.sk, 0};
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
     choose_width<T>(x, h, q_end);
-    const index_t lanes = x.vectors * W<T>;
-    const Operand words = words_operand(free, PIECES<E>, h.d, lanes);
-    x.q = reinterpret_cast<T*>(words.data);
-    x.odd = cut_columns<E>(h.q, q, x.count, h.d, words);
-    x.o = carve<T>(free, h.dv * lanes);
+    const index_t lanes = x.vectors * W<T>, sums = up_to(h.dv, TILE) * lanes;
+    const Operand operand = words_operand(free, PIECES<E>, h.d, lanes);
+    x.q = reinterpret_cast<T*>(operand.data);
+    x.odd = cut_matrix<E, true, false>(h.q, q, x.count, h.d, operand, factor.in_q);
+    x.risen = h.rules.alibi_slope != 0;
+    x.o = carve<T>(free, sums);
     x.max = carve<T>(free, lanes);
     x.total = x.sum = carve<T>(free, lanes);
     x.seen = carve<T>(free, lanes);
-    __builtin_memset(x.o, 0, size_t(h.dv * lanes) * sizeof(T));
+    __builtin_memset(x.o, 0, size_t(sums) * sizeof(T));
     for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = x.seen[i] = 0;
     any.low = min_index(any.low, x.keys.any.low);
     any.high = max_index(any.high, x.keys.any.high);
     q += x.count;
   }
   Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
+  const bool plain = h.rules.softcap <= 0 && h.rules.dropout.threshold == 0;
 
-  // Scores of block i and values of block i - 2 are multiplied while the exponentials of block
-  // i - 1 are computed, which hides half of them. Where one product does for six there is nothing
-  // to hide them behind, and blocks are better finished while they are in L1.
-  Matrix k{}, v{};
-  index_t v_block = -1;
-  Exponentials<P_PIECES<E>> work{};
-  Scored *first = nullptr, *second = nullptr;  // the exponentials are done, are being done
-  const auto values_of_first = [&]() {
-    if (!first) return;
-    if (first->block != v_block) {
-      v_block = first->block;
-      const index_t rows = min_index(KEY_BLOCK, any.high - v_block);
-      v = block_rows<E>(h.v, h.pages, h.pages.v_page, v_block, rows, h.dv, v_rows);
-      keys.odd_v = cut_transposed<E>(v, 0, rows, h.dv, keys.v);
-    }
-    add_values<E>(h, *first, v, keys, sums, work);
-  };
-  int turn = 0;
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t rows = min_index(KEY_BLOCK, any.high - block);
-    k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, k_rows);
-    keys.odd_k = cut_rows<E>(k, 0, rows, h.d, keys.k);
+    const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, k_rows),
+                 v = block_rows<E>(h.v, h.pages, h.pages.v_page, block, rows, h.dv, v_rows);
+    keys.odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys.k);
+    keys.odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys.v);
     for (int i = 0; i < n; i++) {
       Queries<T>& x = subs[i];
       const index_t k0 = max_index(block, x.keys.any.low),
@@ -118,31 +107,28 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       Cover cover = Cover::all;
       if (h.rules.mask.data) cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
       if (cover == Cover::none) continue;
-      Scored& b = scored[turn++ % 3];
+      b.use_mask = cover == Cover::some;
       b.x = &x, b.block = block, b.k0 = k0, b.k1 = k1;
       b.low = (k0 - block) / DEPTH * DEPTH;
       b.high = up_to(k1 - block, DEPTH);
-      b.words.row = 4 * x.vectors * W<T>;
-      const index_t products = score_products<E>(h, b) + (first ? value_products<E>(h, *first) : 0);
-      work.share = (256 * work.left + products - 1) / products;
-      score_block<E>(h, b, k, keys, cover == Cover::some, work);
-      values_of_first();
-      work.finish();
-      work = exponentials_of<E>(h, b, ahead);
-      first = second;
-      second = &b;
-      if constexpr (PIECES<E> == 1) {
-        work.finish();
-        first = &b;
-        values_of_first();
-        first = second = nullptr;
-        turn = 0;
-      }
+      b.words = {words.data, as_words(nullptr, KEY_BLOCK, x.vectors * W<T>).row, words.piece};
+      b.cut[0] = k0;
+      b.cut[1] = max_index(k0, min_index(k1, x.keys.all.low));
+      b.cut[2] = max_index(b.cut[1], min_index(k1, x.keys.all.high));
+      b.cut[3] = k1;
+      for (Dense<T>& dense : b.dense) dense = {};
+      // Masks are read 64 keys at a time; where V holds what cannot be cut, masks and biases of the
+      // whole block are wanted. Keys left out are -inf, which a factor could turn into NaN.
+      const bool dense = has_dense(h.rules, b.use_mask) || b.cut[1] > k0 || b.cut[2] < k1;
+      const bool whole = k0 - block == b.low && k1 - block == b.high;
+      const Plan plan{factor,
+                      keys.odd_v ? KEY_BLOCK
+                      : dense    ? 2 * DEPTH
+                                 : DEPTH,
+                      plain && !dense && !keys.odd_k && !x.odd && (whole || SCALED_QUERIES<E>)};
+      block_probabilities<E>(h, b, k, keys, plan, ahead);
+      add_values<E>(h, b, v, keys);
     }
   }
-  values_of_first();
-  work.finish();
-  first = second;
-  values_of_first();
   for (int i = 0; i < n; i++) finish<E>(h, subs[i]);
 }

@@ -13,7 +13,7 @@ template <class T> struct Queries {
   T* o;                 // (dv, lanes)  sum of P V so far
   T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
   T* total;             // (lanes) what o is divided by: sum, for pairs that of the rounded P
-  bool odd;             // tiles: something in q could not be cut
+  bool odd, risen;  // on tiles: something in q could not be cut; the maximum rose in the last block
 };
 
 template <class E, int NI, int NQ, class T = Compute<E>>

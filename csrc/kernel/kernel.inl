@@ -40,7 +40,6 @@ namespace {
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
-#include "kernel/backward_amx_cut.inl"
 #include "kernel/backward_amx_cells.inl"
 #include "kernel/backward_amx_odd.inl"
 #include "kernel/backward_amx.inl"

@@ -32,15 +32,7 @@ FA_INLINE index_t tiled_depth_of(index_t k) {
 
 // Three pieces of 32 numbers, as words (low[i], high[i]).
 FA_INLINE void cut_words(Vec<float> low, Vec<float> high, char* dst) {
-  const auto put = [&](int piece, Vec<float> l, Vec<float> h) __attribute__((always_inline)) {
-    store(reinterpret_cast<float*>(dst + piece * PIECE_BYTES), pair_words(l, h));
-  };
-  const Vec<float> low0 = upper((Vec<float>)((Words)low + 0x8000));
-  const Vec<float> high0 = upper((Vec<float>)((Words)high + 0x8000));
-  put(0, low0, high0);
-  const Cut<2> l = cut<2>(low - low0), h = cut<2>(high - high0);
-  put(1, l.piece[0], h.piece[0]);
-  put(2, l.piece[1], h.piece[1]);
+  store_words<3>(dst, PIECE_BYTES, cut_number<3>(low), cut_number<3>(high));
 }
 
 // The R x C numbers of a matrix from (r, c), where vectors can be read: in place, or else copied,
