@@ -191,3 +191,44 @@ def test_packed_with_longer_sequences(isa, dtype):
         i, j = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
         alone = fusedattn.attention(q[None, i], k[None, j], v[None, j], layout="bshd")[0]
         np.testing.assert_array_equal(out[i], alone)
+
+
+JUMPS = [
+    (0, 40.0),
+    (31, 5.4),
+    (32, 5.7),
+    (64, -40.0),
+    (127, 5.7),
+    (128, 20.0),
+    (200, 5.4),
+    (290, 90.0),
+]
+
+
+@pytest.mark.parametrize("by", ["keys", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("key", "jump"), JUMPS)
+def test_logits_that_jump(isa, by, dtype, key, jump):
+    """Larger logits late: what was summed up before has to follow, for the queries concerned."""
+    p = problem(1, 5, 300, dtype=dtype)
+    if by == "keys":  # of the first dimension, at queries 1 and 3
+        p.q[..., 0] = [0, 4, 0, -4, 0]
+        p.k[..., key:, 0] = jump
+    else:
+        bias = np.zeros((2, 5, 300))
+        bias[0, 1:4, key:] = jump
+        p.rules["bias"] = bias.astype(dtype)
+    assert_accurate(fused(p), p)
+    assert_tiled_bits(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_keys_that_some_queries_see_late(isa, dtype):
+    p = problem(1, 6, 300, dtype=dtype)
+    first = np.array([0, 31, 32, 33, 128, 299])
+    p.rules["mask"] = np.arange(300) >= first[:, None]
+    p.rules["bias"] = (np.arange(300) / 7).astype(dtype)[None]
+    assert_accurate(fused(p), p)
+    p.rules["bias"] = np.broadcast_to(p.rules["bias"], (2, 6, 300)).copy()
+    p.rules["mask"] = p.rules["mask"][None, None]
+    assert_tiled_bits(p)
