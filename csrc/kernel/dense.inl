@@ -18,12 +18,18 @@ template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> posit
 
 // W elements of a row of the bias, n of which exist. Fetches those of the keys that come next: rows
 // of a matrix in DRAM are too short for the hardware to see it coming.
-// Of the first block, also what lies `then` bytes further: the next sub-block's.
+// Of the first block, also what lies `then` bytes further: the next sub-block's. On tiles the
+// exponentials fetch, one line at a time.
+#if defined(FUSEDATTN_AMX)
+inline constexpr bool FETCHED_BEFORE = true;
+#else
+inline constexpr bool FETCHED_BEFORE = false;
+#endif
 template <class E, class T = Compute<E>>
 FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n, index_t then = 0) {
   if (!native || n < W<T>) return gather_as<E>(p, col, int(min_index(n, W<T>)));
-  prefetch_far(p + DENSE_AHEAD * col);
-  if (then) prefetch_far(p + then);
+  if (!FETCHED_BEFORE) prefetch_far(p + DENSE_AHEAD * col);
+  if (!FETCHED_BEFORE && then) prefetch_far(p + then);
   return load_as<E>(p);
 }
 template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {

@@ -108,6 +108,11 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       if (h.rules.mask.data) cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
       if (cover == Cover::none) continue;
       b.use_mask = cover == Cover::some;
+      b.bias = h.rules.bias;
+      const bool last = i + 1 == n;
+      if (b.bias.data)
+        b.bias.data += subs[last ? 0 : i + 1].first * b.bias.row +
+                       (block + (last ? KEY_BLOCK : 0)) * b.bias.col;
       b.x = &x, b.block = block, b.k0 = k0, b.k1 = k1;
       b.low = (k0 - block) / DEPTH * DEPTH;
       b.high = up_to(k1 - block, DEPTH);

@@ -99,6 +99,7 @@ struct Scored {
   float *s, *tile;  // (128, lanes) each
   float* sums;      // 32 x 32
   Operand words;    // P
+  Matrix bias;      // of the sub-block and block that come next, to be fetched; or null
   // Of the block: what P is relative to, the largest logit, the factor of what was summed up
   // before, the sum of P.
   alignas(64) float max[LANES<float>], block_max[LANES<float>], rescale[LANES<float>],
@@ -109,7 +110,7 @@ struct Scored {
 // RAW: S is what the product gave; its factor is to be applied, and its maximum joins block_max.
 // KEPT: P takes the place of S and is cut later.
 template <class E, bool RAW, bool KEPT>
-FA_NOINLINE void exponentials(Scored& b, float* s, float factor, const Operand& words,
+FA_NOINLINE void exponentials(Scored& b, index_t key, float* s, float factor, const Operand& words,
                               Ahead& ahead) {
   using T = float;
   constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
@@ -134,6 +135,11 @@ FA_NOINLINE void exponentials(Scored& b, float* s, float factor, const Operand& 
         store(at + half * lanes, y);
       } else {
         store_words<P>(to, words.piece, cut_computed<P>(x), cut_computed<P>(y));
+      }
+      if (b.bias.data) {
+        const char* p = b.bias.data + (j + i) * b.bias.row + key * b.bias.col;
+        prefetch_far(p);
+        if (sizeof(E) == 4) prefetch_far(p + 64);
       }
       if (j == 0 && ahead.burst) {
         fetch_ahead(ahead);
@@ -261,9 +267,9 @@ FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float fa
                              float* s, Ahead& ahead) {
   const index_t lanes = b.x->vectors * W<float>;
   const Operand words{b.words.data + key / 2 * b.words.row, b.words.row, b.words.piece};
-  if (raw) return exponentials<E, true, false>(b, s, factor, words, ahead);
-  if (!h.rules.dropout.threshold) return exponentials<E, false, false>(b, s, 1, words, ahead);
-  exponentials<E, false, true>(b, s, 1, words, ahead);
+  if (raw) return exponentials<E, true, false>(b, key, s, factor, words, ahead);
+  if (!h.rules.dropout.threshold) return exponentials<E, false, false>(b, key, s, 1, words, ahead);
+  exponentials<E, false, true>(b, key, s, 1, words, ahead);
   const auto drop = [&](auto f) __attribute__((always_inline)) {
     f(h.rules.dropout, b.x->first, b.block + key, DEPTH, s);
   };
