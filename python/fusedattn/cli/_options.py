@@ -103,7 +103,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
     from fusedattn.encoder import Encoder, EncoderConfig
     from fusedattn.text import cooccurrence_embeddings, tokenize, train_tokenizer
 
-    length = args.max_length or 128
+    length = 128 if args.max_length is None else args.max_length
     tokenizer = train_tokenizer(
         texts,
         args.vocab_size,
@@ -116,7 +116,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
         hidden_size=args.dim,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
-        intermediate_size=args.ffn or 2 * args.dim,
+        intermediate_size=2 * args.dim if args.ffn is None else args.ffn,
         hidden_act="gelu_new",
         hidden_dropout_prob=dropout if args.dropout is None else args.dropout,
         attention_probs_dropout_prob=args.attention_dropout or 0.0,
