@@ -134,6 +134,10 @@ def test_the_whole_command(library, tmp_path, monkeypatch, capsys):
     assert (out / "pretraining" / "history.jsonl").exists()
     assert not list(out.rglob("checkpoint*"))
 
+    with pytest.raises(SystemExit):  # what is finished is not begun anew by mistake
+        main([*command, "--out", str(out)])
+    assert f"--out: {out} holds a model already; --restart replaces it" in capsys.readouterr().err
+
     stopped = tmp_path / "stopped"
     with mock.patch("fusedattn.text.Masking.__call__", side_effect=KeyboardInterrupt):
         assert main([*command, "--out", str(stopped)]) == 130

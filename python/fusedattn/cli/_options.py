@@ -234,18 +234,31 @@ def probabilities(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[
             bar.update(len(chunk))
 
 
-def check_out(out: Path, restart: bool) -> bool:
-    """Whether to go on from a checkpoint in `out`; an error where a finished model is there."""
+def check_out(out: Path, restart: bool, parts: Sequence[Path] = ()) -> bool:
+    """Whether to go on from a checkpoint in `out`; an error where a finished model is there.
+
+    `parts` are folders of earlier trainings of the same command.
+    """
     from fusedattn.train import CHECKPOINT
 
     if restart:
         return False
-    if (out / CHECKPOINT).exists():
+    if any((folder / CHECKPOINT).exists() for folder in (out, *parts)):
         print(f"Going on from the checkpoint in {out} (--restart begins anew).", file=sys.stderr)
         return True
     if (out / "config.json").exists():
         raise ValueError(f"--out: {out} holds a model already; --restart replaces it")
     return False
+
+
+def again(restart: bool) -> str:
+    """What to type to go on with what was broken off, as the beginning of a sentence."""
+    return "The same command without --restart" if restart else "The same command"
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What to say after Ctrl-C."""
+    return f"Interrupted. {again(args.restart)} goes on from the checkpoint in {args.out}."
 
 
 def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
