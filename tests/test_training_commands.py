@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from fusedattn import __version__
 from fusedattn.cli import _options, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
@@ -60,6 +61,7 @@ def test_finetune_learns_and_says_where_it_wrote(data, tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["result"]["test_accuracy"] > 0.9
     assert settings["dim"] == 16
+    assert settings["version"] == __version__
     assert len(read_history(out)) == 5
 
     with pytest.raises(SystemExit):
@@ -123,6 +125,17 @@ def test_evaluate(model, data, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(model), str(data)])
     assert "labels: expected names among ['sea', 'sky'], got ['earth']" in capsys.readouterr().err
+
+
+def test_a_long_label_keeps_the_columns(model, data, capsys):
+    longer = TextClassifier.from_pretrained(model)
+    longer.names = ["sea", "sky" * 20]
+    longer.save_pretrained(model)
+    data.write_text(data.read_text().replace("\tsky", "\t" + "sky" * 20))
+    assert main(["evaluate", str(model), str(data)]) == 0
+    table = capsys.readouterr().out.splitlines()[:-1]
+    assert len(table) == 3
+    assert len({len(line) for line in table}) == 1
 
 
 def test_predict(model, tmp_path, capsys, monkeypatch):

@@ -77,7 +77,13 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusedattn", description="Fused attention for NumPy arrays on CPUs."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the version and exit",
+    )
     subparsers = parser.add_subparsers(
         metavar="COMMAND", required=True, parser_class=_CommandParser
     )

@@ -266,6 +266,7 @@ def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
 
     Returns what was written, in words.
     """
+    from fusedattn import __version__
     from fusedattn.train import plot_history, remove_checkpoint
 
     model.save_pretrained(out)
@@ -275,6 +276,7 @@ def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
             plot_history(result.history, out / "curves.png")
             wrote += ", curves.png"
     clean = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k != "func"}
+    clean = {"version": __version__, **clean}
     (out / "settings.json").write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
     remove_checkpoint(out)
     return wrote

@@ -309,8 +309,9 @@ def _column(names: Iterable[str], wanted: str | None, usual: tuple[str, ...]) ->
 
 def _no_column(names: Iterable[str], text: str | None, label: str | None) -> str:
     texts = repr(text) if text else f"one of {list(TEXT_COLUMNS)}"
-    labels = "" if label == "" else f" and {repr(label) if label else list(LABEL_COLUMNS)}"
-    return f"expected columns {texts}{labels}, got {list(names)}"
+    labels = repr(label) if label else f"one of {list(LABEL_COLUMNS)}"
+    what = f"a column {texts}" if label == "" else f"columns {texts} and {labels}"
+    return f"expected {what}, got {list(names)}"
 
 
 def _start(line: str) -> str:
