@@ -127,6 +127,7 @@ def test_the_whole_command(library, tmp_path, monkeypatch, capsys):
     assert bag[0] > 90  # each subject has words of its own: easy for all but the majority class
     assert encoder[0] > 90
     assert pretrained[0] > 90
+    assert "Tuning the bag of words to compare with: words" in printed
     assert "Pre-training bought" in printed
     assert "read back, it gives the same probabilities" in printed
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

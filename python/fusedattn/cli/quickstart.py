@@ -234,7 +234,9 @@ def baselines(task: Task) -> dict[str, list[str]]:
     texts, labels = columns(task.train)
     majority = Counter(labels).most_common(1)[0][0]
     fit, validation = split_by_file(task.train, 0.2, seed=1)
+    print("Tuning the bag of words to compare with:", end=" ", flush=True)
     choice = tune(columns(fit), columns(validation))
+    print(f"{'words and pairs' if choice.ngrams > 1 else 'words'}, C = {choice.c:g}.", flush=True)
     bag = bag_of_words(choice).fit(texts, labels)
     return {
         "majority class": [majority] * len(task.test),
