@@ -92,6 +92,25 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     assert main(["info"]) == 130
 
 
+def test_ctrl_c_while_a_command_is_being_loaded(monkeypatch, capsys):
+    def interrupted(subparsers):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusedattn.cli.info.add_parser", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["predict", "encode"])
+def test_files_may_stand_before_and_after_options(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(f"fusedattn.cli.{command}.run", lambda args: seen.append(args) or 0)
+    for words in ("model --out o", "model a b --out o", "model --out o a b", "--out o model a b"):
+        assert main([command, *words.split()]) == 0
+    assert [args.data for args in seen] == [["-"], ["a", "b"], ["a", "b"], ["a", "b"]]
+    assert {(str(args.model), str(args.out)) for args in seen} == {("model", "o")}
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(CASES, "tiny", Case("tiny", 1, 2, 16, 16, 8, causal=True))

@@ -110,6 +110,15 @@ def test_bad_configurations():
         config(num_attention_heads=3)
     with pytest.raises(ValueError, match=r"^hidden_act: expected one of .*, got 'swish'"):
         config(hidden_act="swish")
+    for key, value, expected in (
+        ("num_attention_heads", 0, "at least 1"),
+        ("num_hidden_layers", -1, "at least 0"),
+        ("intermediate_size", 0, "at least 1"),
+        ("hidden_dropout_prob", 1.0, r"a probability in \[0, 1\)"),
+        ("attention_probs_dropout_prob", -0.5, r"a probability in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key}: expected {expected}, got {value}"):
+            config(**{key: value})
 
 
 @pytest.fixture

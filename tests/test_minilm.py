@@ -84,7 +84,9 @@ def test_round_trip(encoder, tmp_path):
 
 
 def test_sentence_transformers_reads_what_is_written(encoder, tmp_path):
-    library = pytest.importorskip("sentence_transformers", reason="compares with it")
+    library = pytest.importorskip(
+        "sentence_transformers", reason="compares with sentence-transformers"
+    )
     encoder.save_pretrained(tmp_path / "minilm")
     theirs = library.SentenceTransformer(str(tmp_path / "minilm"), device="cpu")
     assert theirs.max_seq_length == 256

@@ -127,12 +127,17 @@ def test_the_whole_command(library, tmp_path, monkeypatch, capsys):
     assert bag[0] > 90  # each subject has words of its own: easy for all but the majority class
     assert encoder[0] > 90
     assert pretrained[0] > 90
+    assert "Tuning the bag of words to compare with: words" in printed
     assert "Pre-training bought" in printed
     assert "read back, it gives the same probabilities" in printed
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert model | {"history.jsonl"} <= {p.name for p in out.iterdir()}
     assert (out / "pretraining" / "history.jsonl").exists()
     assert not list(out.rglob("checkpoint*"))
+
+    with pytest.raises(SystemExit):  # what is finished is not begun anew by mistake
+        main([*command, "--out", str(out)])
+    assert f"--out: {out} holds a model already; --restart replaces it" in capsys.readouterr().err
 
     stopped = tmp_path / "stopped"
     with mock.patch("fusedattn.text.Masking.__call__", side_effect=KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """Reading labelled texts: every format, every kind of bad row, and the split."""
 
+import csv
 import io
 
 import pytest
@@ -85,6 +86,15 @@ def test_columns_by_name(tmp_path):
         ValueError, match=r"a\.csv, line 1: expected columns 'x' and .* got \['text'"
     ):
         read_examples(path, text_column="x")
+
+
+@pytest.mark.parametrize(("ending", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_a_text_as_long_as_a_book(tmp_path, ending, comma):
+    limit, text = csv.field_size_limit(), "word " * 40_000
+    path = tmp_path / f"a.{ending}"
+    path.write_text(f"text{comma}label\n{text}{comma}x\nshort{comma}y\n")
+    assert read_examples(path).texts == [text, "short"]
+    assert csv.field_size_limit() == limit
 
 
 GOOD_LINES = ['{"text": "a", "label": "b"}\n', '{"text": "c", "label": "d"}\n']

@@ -234,6 +234,8 @@ def test_resume_refuses_another_training(tmp_path):
     fit(epochs=1, out_dir=tmp_path)
     with pytest.raises(ValueError, match=r"^out_dir: expected .* of another: epochs 1, here 2"):
         fit(epochs=2, out_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"^out_dir: expected .* of another: validation_data None"):
+        fit(epochs=1, validation=first_token_data(seed=9), out_dir=tmp_path, resume=True)
     _, result = fit(epochs=2, out_dir=tmp_path)  # without resume it begins anew
     assert len(result.history) == 2
 

@@ -9,7 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fusedattn.cli import _options, finetune, main
+from fusedattn import __version__
+from fusedattn.cli import _options, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
@@ -24,15 +25,18 @@ WORDS = {
 SMALL = "--vocab-size 80 --dim 16 --heads 2 --layers 1 --learning-rate 0.01".split()
 
 
-@pytest.fixture
-def data(tmp_path):
+def write_sentences(path):
     """120 sentences of two subjects, text<TAB>label."""
     rng = np.random.default_rng(0)
-    path = tmp_path / "data.txt"
     labels = ["sea", "sky"] * 60
     lines = [f"the {' '.join(rng.choice(WORDS[label], 4))}\t{label}\n" for label in labels]
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_sentences(tmp_path / "data.txt")
 
 
 @pytest.fixture
@@ -57,6 +61,7 @@ def test_finetune_learns_and_says_where_it_wrote(data, tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["result"]["test_accuracy"] > 0.9
     assert settings["dim"] == 16
+    assert settings["version"] == __version__
     assert len(read_history(out)) == 5
 
     with pytest.raises(SystemExit):
@@ -97,7 +102,7 @@ def test_interrupted_finetune_goes_on(data, model, tmp_path, capsys):
 
     with mock.patch("fusedattn.text.hide_tokens", hide):
         assert main([*command, "--hide-words", "0.2"]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "The same command goes on" in capsys.readouterr().out
     assert (out / CHECKPOINT).exists()
     with pytest.raises(SystemExit):
         main([*command, "--hide-words", "0.4", "--dropout", "0.1"])
@@ -120,6 +125,17 @@ def test_evaluate(model, data, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(model), str(data)])
     assert "labels: expected names among ['sea', 'sky'], got ['earth']" in capsys.readouterr().err
+
+
+def test_a_long_label_keeps_the_columns(model, data, capsys):
+    longer = TextClassifier.from_pretrained(model)
+    longer.names = ["sea", "sky" * 20]
+    longer.save_pretrained(model)
+    data.write_text(data.read_text().replace("\tsky", "\t" + "sky" * 20))
+    assert main(["evaluate", str(model), str(data)]) == 0
+    table = capsys.readouterr().out.splitlines()[:-1]
+    assert len(table) == 3
+    assert len({len(line) for line in table}) == 1
 
 
 def test_predict(model, tmp_path, capsys, monkeypatch):
@@ -184,8 +200,11 @@ def test_predict_and_encode_go_on(model, many, command, method, tmp_path, capsys
     with pytest.raises(SystemExit):  # what is finished is not begun anew by mistake
         main([*start, str(out)])
     assert f"--out: {out} is there already; --restart replaces it" in capsys.readouterr().err
-    many.write_text("the ship\n")
-    assert main([*start, str(out), "--restart"]) == 0
+    many.write_text("the ship\n" * 4)
+    assert is_ended([*start, str(out), "--restart"], method, KeyboardInterrupt, after=1) == 130
+    assert "The same command without --restart goes on from" in capsys.readouterr().err
+    assert out.read_bytes() == expected.read_bytes()  # until the new one is whole
+    assert main([*start, str(out)]) == 0
     assert out.read_bytes() != expected.read_bytes()
 
 
@@ -286,30 +305,3 @@ def test_encode(model, tmp_path, capsys):
     np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
     assert main([*command, "--restart", "--normalize"]) == 0
     np.testing.assert_allclose(np.linalg.norm(np.load(out), axis=1), 1, rtol=1e-6)
-
-
-def test_sweep(data, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    out = tmp_path / "sweep"
-    command = ["sweep", str(data), "--dim", "8,16", "--seeds", "2", "--out", str(out)]
-    options = ["--heads", "2", "--layers", "1", "--vocab-size", "80", "--epochs", "2"]
-    assert main([*command, *options]) == 0
-    shown = capsys.readouterr().out
-    rows = [line.split() for line in shown.splitlines() if line.strip().startswith(("8 ", "16 "))]
-    assert [row[0] for row in rows] == ["8", "16"]
-    assert int(rows[0][1].replace(",", "")) < int(rows[1][1].replace(",", ""))
-    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    runs = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
-    assert [(run["dim"], run["seed"]) for run in runs] == [(8, 0), (8, 1), (16, 0), (16, 1)]
-
-    (out / "sweep.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs[:3]))
-    with mock.patch("fusedattn.cli.finetune.train", wraps=finetune.train) as spy:
-        assert main([*command, *options]) == 0
-    assert spy.call_count == 1  # the others are there
-    again = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
-    assert again[3]["validation_accuracy"] == runs[3]["validation_accuracy"]
-    with pytest.raises(SystemExit):
-        main([*command, *options, "--epochs", "3"])
-    assert "of another sweep" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["sweep", str(data), "--dim", "8,wide"])

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -43,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         in ``SystemExit(2)``, as argparse has it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(chosen=arguments[0] if arguments else None)
-    options = parser.parse_args(arguments)
     try:
+        parser = _parser(chosen=arguments[0] if arguments else None)
+        options = parser.parse_args(arguments)
         status: int = options.func(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -56,11 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fusedattn":
             raise
-        parser.exit(1, f"fusedattn: this command needs the package {error.name!r}: {_HINT}\n")
+        _fail(f"this command needs the package {error.name!r}: {_HINT}")
     # What the user gave: an environment variable, a file, a learning rate too high.
     except (ValueError, OSError, FloatingPointError) as error:
-        parser.exit(1, f"fusedattn: {error}\n")
+        _fail(str(error))
     return status
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"fusedattn: {message}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 _HINT = "pip install 'fusedattn[train,bench]' installs all that the commands use"
@@ -71,14 +77,40 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusedattn", description="Fused attention for NumPy arrays on CPUs."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the version and exit",
+    )
+    subparsers = parser.add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     for name, summary in COMMANDS.items():
         if name == chosen:
             importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Takes files before and after options: argparse alone gives the first that come all or none.
+
+    ``predict MODEL --out RESULTS FILE`` would otherwise end in "unrecognized arguments: FILE".
+    """
+
+    _parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._parsing:  # as parse_known_intermixed_args calls it
+            return super().parse_known_args(args, namespace)
+        self._parsing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._parsing = False
 
 
 class _Version(argparse.Action):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -38,4 +38,7 @@ def tune(
     fit: tuple[Sequence[str], Sequence[str]], validation: tuple[Sequence[str], Sequence[str]]
 ) -> Choice:
     """What of `GRID`, trained on `fit`, is most accurate on `validation`; both (texts, labels)."""
-    return max(GRID, key=lambda choice: bag_of_words(choice).fit(*fit).score(*validation))
+    from tqdm import tqdm
+
+    choices: Iterable[Choice] = tqdm(GRID, desc="tuning", unit="fit", disable=None)
+    return max(choices, key=lambda choice: bag_of_words(choice).fit(*fit).score(*validation))

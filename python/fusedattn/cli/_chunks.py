@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fusedattn.cli import _options
 from fusedattn.train.files import replace_file
 
 NOTE = "of.json"
@@ -30,7 +31,7 @@ class Chunks:
     Parameters
     ----------
     out : Path
-        Must not be there, or `restart` be True.
+        Must not be there, or `restart` be True, or chunks be there that were begun so.
     results_of : dict
         What the results depend on, as from `describe`.
     restart : bool
@@ -44,7 +45,7 @@ class Chunks:
 
     def __init__(self, out: Path, results_of: dict[str, Any], restart: bool) -> None:
         check(out, restart)
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self.out, self.folder, self.restart = out, partial(out), restart
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.done = 0
@@ -70,7 +71,7 @@ class Chunks:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if kind is KeyboardInterrupt:
-            print(f"The same command goes on from {self.folder}.", file=sys.stderr)
+            print(f"{_options.again(self.restart)} goes on from {self.folder}.", file=sys.stderr)
 
     def add(self, content: bytes) -> None:
         """Keep one more chunk."""
@@ -90,14 +91,26 @@ class Chunks:
         shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06}"
+        return _chunk(self.folder, number)
+
+
+def partial(out: Path) -> Path:
+    """The folder of the chunks of `out`."""
+    return out.with_name(out.name + ".partial")
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}"
 
 
 def check(out: Path, restart: bool) -> None:
-    """A ValueError where `out` may not be written: it is there already, or is no file."""
+    """A ValueError where `out` may not be written: it is there already, or is no file.
+
+    Where chunks lie beside it, someone has said --restart, and they go on.
+    """
     if out.exists() and not out.is_file():
         raise ValueError(f"--out: expected a file, {out} is none")
-    if out.exists() and not restart:
+    if out.exists() and not restart and not _chunk(partial(out), 0).exists():
         raise ValueError(f"--out: {out} is there already; --restart replaces it")
 
 

@@ -103,7 +103,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
     from fusedattn.encoder import Encoder, EncoderConfig
     from fusedattn.text import cooccurrence_embeddings, tokenize, train_tokenizer
 
-    length = args.max_length or 128
+    length = 128 if args.max_length is None else args.max_length
     tokenizer = train_tokenizer(
         texts,
         args.vocab_size,
@@ -116,7 +116,7 @@ def new_encoder(args: argparse.Namespace, texts: list[str], dropout: float) -> E
         hidden_size=args.dim,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
-        intermediate_size=args.ffn or 2 * args.dim,
+        intermediate_size=2 * args.dim if args.ffn is None else args.ffn,
         hidden_act="gelu_new",
         hidden_dropout_prob=dropout if args.dropout is None else args.dropout,
         attention_probs_dropout_prob=args.attention_dropout or 0.0,
@@ -234,13 +234,16 @@ def probabilities(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[
             bar.update(len(chunk))
 
 
-def check_out(out: Path, restart: bool) -> bool:
-    """Whether to go on from a checkpoint in `out`; an error where a finished model is there."""
+def check_out(out: Path, restart: bool, parts: Sequence[Path] = ()) -> bool:
+    """Whether to go on from a checkpoint in `out`; an error where a finished model is there.
+
+    `parts` are folders of earlier trainings of the same command.
+    """
     from fusedattn.train import CHECKPOINT
 
     if restart:
         return False
-    if (out / CHECKPOINT).exists():
+    if any((folder / CHECKPOINT).exists() for folder in (out, *parts)):
         print(f"Going on from the checkpoint in {out} (--restart begins anew).", file=sys.stderr)
         return True
     if (out / "config.json").exists():
@@ -248,11 +251,22 @@ def check_out(out: Path, restart: bool) -> bool:
     return False
 
 
+def again(restart: bool) -> str:
+    """What to type to go on with what was broken off, as the beginning of a sentence."""
+    return "The same command without --restart" if restart else "The same command"
+
+
+def interrupted(args: argparse.Namespace) -> str:
+    """What to say after Ctrl-C."""
+    return f"Interrupted. {again(args.restart)} goes on from the checkpoint in {args.out}."
+
+
 def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
     """Save the model, the curves and the settings; no checkpoint is needed any more.
 
     Returns what was written, in words.
     """
+    from fusedattn import __version__
     from fusedattn.train import plot_history, remove_checkpoint
 
     model.save_pretrained(out)
@@ -262,6 +276,7 @@ def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
             plot_history(result.history, out / "curves.png")
             wrote += ", curves.png"
     clean = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k != "func"}
+    clean = {"version": __version__, **clean}
     (out / "settings.json").write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
     remove_checkpoint(out)
     return wrote

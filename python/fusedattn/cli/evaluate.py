@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**scores, "labels": classes}))
         return 0
-    print(f"{'label':<32}{'texts':>7}{'precision':>11}{'recall':>9}")
+    width = max(32, *map(len, model.names))
+    print(f"{'label':<{width}}{'texts':>7}{'precision':>11}{'recall':>9}")
     for row in classes:
-        print(f"{row['label']:<32}{row['texts']:>7}{row['precision']:>11.3f}{row['recall']:>9.3f}")
+        print(
+            f"{row['label']:<{width}}{row['texts']:>7}{row['precision']:>11.3f}{row['recall']:>9.3f}"
+        )
     print(
         f"{scores['texts']:,} texts: accuracy {100 * scores['accuracy']:.2f} %, "
         f"macro-F1 {100 * scores['macro_f1']:.2f} %, loss {loss:.4f} nats"

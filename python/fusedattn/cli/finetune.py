@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusedattn.cli import _options
+
+if TYPE_CHECKING:
+    from fusedattn.text import Examples
 
 
 def add_parser(subparsers: Any) -> None:
@@ -54,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     """Train, save, report; 130 after Ctrl-C."""
     with _options.threads(args.threads):
         resume = _options.check_out(args.out, args.restart)
-        model, result, report = train(args, resume=resume)
+        model, result, report = train(args, read(args), resume=resume)
         if result.interrupted:
-            print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
+            print(_options.interrupted(args))
             return 130
         print(json.dumps({name: round(value, 4) for name, value in report.items()}))
         wrote = _options.finish(args.out, model, result, vars(args) | {"result": report})
@@ -64,19 +67,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str, float]]:
+def read(args: argparse.Namespace) -> tuple[Examples, Examples]:
+    """The texts to learn from and those to choose the best by."""
+    from fusedattn.text import split_examples
+
+    examples = _options.read(args.data, args)
+    if args.validation:
+        return examples, _options.read(args.validation, args)
+    return split_examples(examples, args.validation_share, args.split_seed)
+
+
+def train(
+    args: argparse.Namespace, examples: tuple[Examples, Examples], *, resume: bool
+) -> tuple[Any, Any, dict[str, float]]:
     """The classifier that the options ask for, the `TrainingResult`, and figures to report."""
     from fusedattn.encoder import Encoder, TextClassifier
     from fusedattn.nn import leaves
-    from fusedattn.text import Dataset, Examples, hide_tokens, label_names, split_examples
+    from fusedattn.text import Dataset, Examples, hide_tokens, label_names
     from fusedattn.train import Trainer, evaluate
 
-    examples = _options.read(args.data, args)
-    names = label_names(examples.labels)
-    if args.validation:
-        train, held = examples, _options.read(args.validation, args)
-    else:
-        train, held = split_examples(examples, args.validation_share, args.split_seed)
+    train, held = examples
+    names = label_names(train.labels if args.validation else train.labels + held.labels)
     if args.start:
         encoder = _options.adapt(Encoder.from_pretrained(args.start), args)
     else:
@@ -105,6 +116,7 @@ def train(args: argparse.Namespace, *, resume: bool) -> tuple[Any, Any, dict[str
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     report: dict[str, float] = {"parameters": size, "best_epoch": result.best_epoch}
     report["tokens_per_second"] = round(result.tokens_per_second)
+    report["seconds"] = round(result.seconds, 1)
     if len(validation):
         report |= {f"validation_{k}": v for k, v in evaluate(model, validation).items()}
     if len(tested):

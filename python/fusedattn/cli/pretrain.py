@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     if result.interrupted:
-        print(f"Interrupted; the same command goes on from the checkpoint in {args.out}.")
+        print(_options.interrupted(args))
         return 130
     report: dict[str, float] = {"best_epoch": result.best_epoch}
     if len(validation):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedattn.cli import _options
 from fusedattn.cli._baseline import bag_of_words, tune
 from fusedattn.cli._docstrings import Passage, Task, docstring_task, split_by_file
 
@@ -96,6 +97,10 @@ def _run(args: argparse.Namespace) -> int:
     from fusedattn.encoder import TextClassifier
     from fusedattn.train import remove_checkpoint
 
+    folders = {name: args.out / name for name in ("pretraining", "not-pretrained")}
+    if not _options.check_out(args.out, args.restart, list(folders.values())):
+        for folder in (args.out, *folders.values()):  # of settings that may be others
+            remove_checkpoint(folder)
     started = time.perf_counter()
     task = docstring_task(seed=args.split)
     files = {side: len({p.file for p in getattr(task, side)}) for side in ("train", "test")}
@@ -105,7 +110,6 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(task.test):,} of {files['test']} other files to be tested on.\n",
         flush=True,
     )
-    folders = {name: args.out / name for name in ("pretraining", "not-pretrained")}
     texts, truth = columns(task.test)
     guesses = {}
     try:
@@ -116,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         model = train_classifier(encoder, task, args, args.out)
         guesses["encoder, pre-trained"] = model.predict(texts)
     except KeyboardInterrupt:
-        print(f"The same command goes on from the checkpoint in {args.out}.", file=sys.stderr)
+        print(_options.interrupted(args), file=sys.stderr)
         raise
     predictions = baselines(task) | guesses
     print("\n" + score_table(task.packages, truth, predictions))
@@ -230,7 +234,9 @@ def baselines(task: Task) -> dict[str, list[str]]:
     texts, labels = columns(task.train)
     majority = Counter(labels).most_common(1)[0][0]
     fit, validation = split_by_file(task.train, 0.2, seed=1)
+    print("Tuning the bag of words to compare with:", end=" ", flush=True)
     choice = tune(columns(fit), columns(validation))
+    print(f"{'words and pairs' if choice.ngrams > 1 else 'words'}, C = {choice.c:g}.", flush=True)
     bag = bag_of_words(choice).fit(texts, labels)
     return {
         "majority class": [majority] * len(task.test),

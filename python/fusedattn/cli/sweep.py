@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusedattn.cli import _options, finetune
+
+if TYPE_CHECKING:
+    from fusedattn.text import Examples
 
 TABLE, PLOT = "sweep.jsonl", "sweep.png"
 NOT_SETTINGS = ("out", "dim", "seeds", "seed", "restart", "threads", "func", "checkpoint_seconds")
@@ -54,22 +57,31 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--from: a pre-trained encoder has its width already")
     if not args.validation and not args.validation_share:
         raise ValueError("--validation-share: expected more than 0, to compare the widths by")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
+    for dim in args.dim:
+        if dim < 1 or args.heads < 1 or dim % args.heads:
+            raise ValueError(f"--dim: expected multiples of --heads ({args.heads}), got {dim}")
+    examples = finetune.read(args)
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    runs = [] if args.restart else read_runs(args.out / TABLE, settings)
+    settings["texts"] = checksum(examples)
+    if args.restart:  # what is broken off now must not be mixed with what was there
+        (args.out / TABLE).unlink(missing_ok=True)
+        for folder in args.out.glob("dim*-seed*"):
+            remove_checkpoint(folder)
+    runs = read_runs(args.out / TABLE, settings)
     done = {(entry["dim"], entry["seed"]) for entry in runs}
-    wanted = [(dim, args.seed + n) for dim in args.dim for n in range(args.seeds)]
+    wanted = [(dim, args.seed + n) for dim in dict.fromkeys(args.dim) for n in range(args.seeds)]
     with _options.threads(args.threads):
         for dim, seed in (pair for pair in wanted if pair not in done):
             print(f"width {dim}, seed {seed}:", end=" ", flush=True)
             out = args.out / f"dim{dim}-seed{seed}"
             one = argparse.Namespace(**{**vars(args), "dim": dim, "seed": seed, "out": out})
-            started = time.perf_counter()
-            _, result, report = finetune.train(one, resume=not args.restart)
+            _, result, report = finetune.train(one, examples, resume=not args.restart)
             if result.interrupted:
-                print(f"Interrupted; the same command goes on from {args.out}.")
+                print(_options.interrupted(args))
                 return 130
-            seconds = round(time.perf_counter() - started, 1)
-            entry = {"dim": dim, "seed": seed, **report, "seconds": seconds, "settings": settings}
+            entry = {"dim": dim, "seed": seed, **report, "settings": settings}
             runs.append(entry)
             write_runs(args.out / TABLE, runs)
             remove_checkpoint(out)
@@ -78,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
     plot(chosen, args.out / PLOT)
     print(f"Wrote {TABLE}, {PLOT} and the histories to {args.out}.")
     return 0
+
+
+def checksum(examples: tuple[Examples, Examples]) -> int:
+    """Of all texts and labels: with others a run would have come out differently."""
+    return zlib.crc32(json.dumps([[part.texts, part.labels] for part in examples]).encode())
 
 
 def read_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,16 @@ from fusedattn.encoder.families import FAMILIES, Family
 
 # config.json's fields that change what a BERT computes: what an encoder here can be.
 _ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+# The smallest number that makes sense; an encoder of no blocks is a bag of words.
+_AT_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1,
+    "type_vocab_size": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,14 @@ class EncoderConfig:
                 raise ValueError(
                     f"{key}: expected {value} with model_type {self.model_type!r}, "
                     f"got {getattr(self, key)}"
+                )
+        for key, least in _AT_LEAST.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: expected at least {least}, got {getattr(self, key)}")
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ValueError(
+                    f"{key}: expected a probability in [0, 1), got {getattr(self, key)}"
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -10,6 +10,7 @@ a line is a text: what comes out then agrees with what went in, line by line.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import json
 import sys
@@ -273,11 +274,23 @@ def _read_table(
 
 
 def _read_csv(file: TextIO, text: str | None, label: str | None) -> Iterator[Row | RowError]:
-    return _read_table(file, text, label)
+    with _long_fields():
+        yield from _read_table(file, text, label)
 
 
 def _read_tsv(file: TextIO, text: str | None, label: str | None) -> Iterator[Row | RowError]:
-    return _read_table(file, text, label, delimiter="\t", quoting=csv.QUOTE_NONE)
+    with _long_fields():
+        yield from _read_table(file, text, label, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lift the csv module's limit of 131,072 characters a field: a text may be a book."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_folder(
@@ -309,8 +322,9 @@ def _column(names: Iterable[str], wanted: str | None, usual: tuple[str, ...]) ->
 
 def _no_column(names: Iterable[str], text: str | None, label: str | None) -> str:
     texts = repr(text) if text else f"one of {list(TEXT_COLUMNS)}"
-    labels = "" if label == "" else f" and {repr(label) if label else list(LABEL_COLUMNS)}"
-    return f"expected columns {texts}{labels}, got {list(names)}"
+    labels = repr(label) if label else f"one of {list(LABEL_COLUMNS)}"
+    what = f"a column {texts}" if label == "" else f"columns {texts} and {labels}"
+    return f"expected {what}, got {list(names)}"
 
 
 def _start(line: str) -> str:

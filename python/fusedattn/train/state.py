@@ -137,7 +137,9 @@ class Run:
             p[...] = self.best[name]  # type: ignore[index]
 
 
-def identify(config: TrainingConfig, params: Params, data: Dataset) -> dict[str, Any]:
+def identify(
+    config: TrainingConfig, params: Params, data: Dataset, validation: Dataset | None = None
+) -> dict[str, Any]:
     """What makes a training this one: its settings, its parameters' shapes and its data."""
     settings = {
         k: list(v) if isinstance(v, tuple) else v
@@ -145,11 +147,20 @@ def identify(config: TrainingConfig, params: Params, data: Dataset) -> dict[str,
         if k != "checkpoint_seconds"
     }
     shapes = repr([(name, p.shape) for name, p in leaves(params)])
+    return {
+        **settings,
+        "parameters": zlib.crc32(shapes.encode()),
+        "data": _checksum(data),
+        "validation_data": None if validation is None else _checksum(validation),
+    }
+
+
+def _checksum(data: Dataset) -> int:
     crc = 0
     labels = () if data.labels is None else (data.labels,)  # None's bytes are an address in memory
     for array in (*labels, *data.sequences):
         crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-    return {**settings, "parameters": zlib.crc32(shapes.encode()), "data": crc}
+    return crc
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ class TrainingResult:
         it came with.
     tokens_per_second : float
         In training, evaluation left out.
+    seconds : float
+        Spent on that, before a break too.
     interrupted : bool
         Whether Ctrl-C ended it.
     """
@@ -56,6 +58,7 @@ class TrainingResult:
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: float = 0
     tokens_per_second: float = 0.0
+    seconds: float = 0.0
     interrupted: bool = False
 
 
@@ -144,7 +147,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             rates=self._rates.__getitem__,
         )
-        identity = identify(config, self.model.params, train) | self.settings
+        identity = identify(config, self.model.params, train, validation) | self.settings
         run = Run(self.model.params, optimizer, identity, self.out_dir)
         if not (resume and run.load()) and self.out_dir is not None:
             remove_checkpoint(self.out_dir)
@@ -164,6 +167,7 @@ class Trainer:
             state.history,
             state.best_epoch,
             state.tokens / state.seconds if state.seconds else 0.0,
+            state.seconds,
             interrupted,
         )
 
