@@ -139,6 +139,7 @@ void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) 
       rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
   c.softcap = finite_number("softcap", rules.softcap);
   if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", py::str(rules.softcap));
+  if (c.softcap > 0x1p100) c.softcap = 0;  // bends nothing, but logits divided by it are lost
   window_of(rules.window, c);
   if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);
   c.q_offset = integers_of("q_offset", rules.q_offset, r.lead, c.batch);

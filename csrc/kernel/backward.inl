@@ -261,7 +261,7 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   } else {
     pack_transposed<E>(h.k, b.k0, b.nk, h.d, b.factor, b.kt, BACK_KEYS);
     pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.k_scale), b.k, b.ld);
   }
   __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
   __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
@@ -301,13 +301,13 @@ template <class E> static void delta(const DeltaHead& h, index_t begin, index_t 
   }
 }
 
-// Rounds rows of a gradient that was summed in the compute type.
+// Rounds rows of a gradient that was summed in the compute type, times a factor.
 template <class E>
-static void round_rows(const void* sums, const Matrix& dst, index_t begin, index_t end,
-                       index_t cols) {
+static void round_rows(const void* sums, double factor, const Matrix& dst, index_t begin,
+                       index_t end, index_t cols) {
   using T = Compute<E>;
-  store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(1), dst, begin, end - begin,
-                cols);
+  store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(factor), dst, begin,
+                end - begin, cols);
 }
 
 // Keys that some query of each block of BACK_QUERIES sees.
