@@ -148,8 +148,7 @@ inline std::vector<index_t> integers_of(const char* name, py::handle object, con
     wrong_type(name, "an integer or an array of integers",
                py::isinstance<py::array>(object) ? dtype_name(a) : type_name(object));
   const Shape shape = shape_of(a);
-  if (shape.empty())
-    return std::vector<index_t>(std::size_t(batch), a.attr("item")().cast<index_t>());
+  if (shape.empty()) return integers_of(name, py::object(a.attr("item")()), lead, batch);
   if (shape != lead && shape != Shape{batch})
     wrong_value(name, "an integer or shape " + text_of(lead.empty() ? Shape{batch} : lead),
                 "shape " + text_of(shape));
@@ -167,9 +166,11 @@ inline void window_of(py::handle object, Call& c) {
   const auto side = [&](py::object x) -> index_t {
     if (!PyIndex_Check(x.ptr()) || PyBool_Check(x.ptr()))
       wrong_type("window", expected, py::repr(object).cast<std::string>());
-    const long long n = py::int_(x).cast<long long>();
-    if (n < -1) wrong_value("window", expected, py::repr(object).cast<std::string>());
-    return n < 0 ? UNBOUNDED : std::min<index_t>(n, UNBOUNDED);
+    int beyond = 0;  // 64 bits
+    const long long n = PyLong_AsLongLongAndOverflow(py::int_(x).ptr(), &beyond);
+    if (beyond < 0 || (beyond == 0 && n < -1))
+      wrong_value("window", expected, py::repr(object).cast<std::string>());
+    return beyond > 0 || n < 0 ? UNBOUNDED : std::min<index_t>(n, UNBOUNDED);
   };
   const auto sides = py::reinterpret_borrow<py::sequence>(object);
   c.left = side(sides[0]);
