@@ -332,6 +332,17 @@ bool attention_backward(Call& c, Loop& loop) {
     dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
     if (shared_bias) bias_turns = std::make_unique<int[]>(std::size_t(most + 1));
   }
+  std::vector<int> left_out;  // like `visible`; see Turns
+  if (bias_turns && c.dbias.row != 0) {
+    left_out.resize(visible.size());
+    std::vector<int> so_far(std::size_t(most), 0);
+    for (std::size_t b = 0; b < std::size_t(c.batch) && c.heads > 0; b++) {
+      const index_t own = query_blocks(index_t(b));
+      std::copy_n(so_far.begin(), own, left_out.begin() + turns.first[b]);
+      for (std::size_t i = std::size_t(own); i < so_far.size(); i++)
+        so_far[i] += int((tasks.first[b + 1] - tasks.first[b]) * group);
+    }
+  }
 
   const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
@@ -377,8 +388,11 @@ bool attention_backward(Call& c, Loop& loop) {
     const index_t block = local % blocks;
     if (dq_turns)
       head.dq_turns = {dq_turns.get() + turns.first[std::size_t(b)] + h * query_blocks(b),
-                       query_blocks(b), int(block)};
-    if (bias_turns) head.bias_turns = {bias_turns.get(), 0, int(task * group)};
+                       query_blocks(b), int(block), nullptr};
+    if (bias_turns)
+      head.bias_turns = {
+          bias_turns.get(), 0, int(task * group),
+          left_out.empty() ? nullptr : left_out.data() + turns.first[std::size_t(b)]};
     kernels.backward(head, block, scratch);
   });
   if (!done || !statistics.dq_data) return done;

@@ -54,7 +54,9 @@ struct Turn {
 };
 FA_INLINE Turn turn_at(const Turns& t, index_t g, index_t query_block) {
   if (!t.turns) return {nullptr, 0};
-  return {t.turns + g * t.head + query_block, t.ordinal + (t.head == 0 ? int(g) : 0)};
+  const int ordinal = t.ordinal + (t.head == 0 ? int(g) : 0);
+  return {t.turns + g * t.head + query_block,
+          t.left_out ? ordinal - t.left_out[query_block] : ordinal};
 }
 FA_INLINE void wait(const BackwardHead& h, Turn t) {
   if (t.turn) h.wait_for_turn(t.turn, t.ordinal, h.call);

@@ -84,12 +84,14 @@ struct NextQueries {
 
 // What several tasks add to is added in a fixed order, whoever computes it: before adding to query
 // block i of query head g, a task waits until turns[g * head + i] equals its ordinal; then it sets
-// it one higher. turns null: nobody else adds.
+// it one higher. Samples of fewer query blocks take no turns at the others: `left_out` of the
+// earlier ordinals, by query block (null: none). turns null: nobody else adds.
 struct Turns {
   int* turns;
   index_t
       head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
   int ordinal;
+  const int* left_out;
 };
 
 // One key/value head with the `group` query heads that share it.
