@@ -188,29 +188,33 @@ inline double finite_number(const char* name, py::handle object) {
   return x;
 }
 
+// An array of one of the given shapes.
+inline void check_shape(const char* name, const py::array& a, const std::vector<Shape>& shapes) {
+  if (std::find(shapes.begin(), shapes.end(), shape_of(a)) != shapes.end()) return;
+  std::string expected = "shape " + text_of(shapes[0]);
+  for (std::size_t i = 1; i < shapes.size(); i++)
+    if (shapes[i] != shapes[i - 1]) expected += " or " + text_of(shapes[i]);
+  wrong_value(name, expected, "shape " + text_of(shape_of(a)));
+}
+
 // Floating-point numbers in an array of one of the given shapes, C order.
 inline std::vector<double> numbers_of(const char* name, py::handle object,
                                       const std::vector<Shape>& shapes) {
   const py::array a = array_of(name, object);
   if (a.dtype().kind() != 'f' && dtype_name(a).find("bfloat16") == std::string::npos)
     wrong_type(name, "an array of floating-point numbers", dtype_name(a));
-  if (std::find(shapes.begin(), shapes.end(), shape_of(a)) == shapes.end()) {
-    std::string expected = "shape " + text_of(shapes[0]);
-    for (std::size_t i = 1; i < shapes.size(); i++)
-      if (shapes[i] != shapes[i - 1]) expected += " or " + text_of(shapes[i]);
-    wrong_value(name, expected, "shape " + text_of(shape_of(a)));
-  }
+  check_shape(name, a, shapes);
   const auto values = py::array_t<double, py::array::c_style | py::array::forcecast>(a);
   return std::vector<double>(values.data(), values.data() + values.size());
 }
 
-// Integers in an array of the given shape, C order.
-inline std::vector<index_t> ids_of(const char* name, py::handle object, const Shape& shape) {
+// Integers in an array of one of the given shapes, C order.
+inline std::vector<index_t> ids_of(const char* name, py::handle object,
+                                   const std::vector<Shape>& shapes) {
   const py::array a = array_of(name, object);
   if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u')
     wrong_type(name, "an array of integers", dtype_name(a));
-  if (shape_of(a) != shape)
-    wrong_value(name, "shape " + text_of(shape), "shape " + text_of(shape_of(a)));
+  check_shape(name, a, shapes);
   const auto values = py::array_t<index_t, py::array::c_style | py::array::forcecast>(a);
   return std::vector<index_t>(values.data(), values.data() + values.size());
 }

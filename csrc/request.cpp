@@ -169,8 +169,8 @@ void fill_rectangle(Request& r, index_t sq, index_t sk, const RuleArguments& rul
     k_first.push_back(b * sk);
     c.lse_batch.push_back(b * c.heads * sq);
   }
-  r.segment_rows[0] = join(r.lead, sq);
-  r.segment_rows[1] = join(r.lead, sk);
+  r.segment_rows[0] = {join(r.lead, sq), {c.batch, sq}};
+  r.segment_rows[1] = {join(r.lead, sk), {c.batch, sk}};
   take_arrays(r, rules, q_first, k_first);
   c.lse_head = sq;
 }
@@ -239,8 +239,8 @@ Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q
     return n.empty() ? 0 : *std::max_element(n.begin(), n.end());
   };
   r.scores = {c.batch, c.heads, longest(c.sq), longest(c.sk)};
-  r.segment_rows[0] = {total_q};
-  r.segment_rows[1] = {total_k};
+  r.segment_rows[0] = {Shape{total_q}};
+  r.segment_rows[1] = {Shape{total_k}};
   take_arrays(r, rules, cu_q, cu_k);
   return r;
 }
@@ -258,7 +258,7 @@ Request paged(py::handle q, py::handle k, py::handle v, py::handle block_table,
   if (given.ndim() != 2 || given.shape(0) != c.batch)
     wrong_value("block_table", "shape (" + std::to_string(c.batch) + ", M)",
                 "shape " + text_of(shape_of(given)));
-  const std::vector<index_t> table = ids_of("block_table", given, shape_of(given));
+  const std::vector<index_t> table = ids_of("block_table", given, {shape_of(given)});
   const auto table_array = py::array_t<index_t>(py::ssize_t(table.size()), table.data());
   r.others.push_back(table_array);
   const index_t rows = index_t(r.k.shape(r.k_axes.row)), columns = index_t(given.shape(1));
