@@ -20,15 +20,29 @@ const Kernels& kernels_in(const KernelTable& table, DType dtype) {
   const Kernels* own = table.kernels[int(dtype)];
   return own ? *own : *table.base->kernels[int(dtype)];
 }
-// Tiles lose numbers below 2^-100: not for a scale that is out of the ordinary, which q or k may
-// have to be out of it too. An instruction set that was asked for by name is used for any d.
+// May a factor be applied to an operand without a thought for the range of float32?
+bool is_ordinary(double factor) {
+  const double size = std::fabs(factor);
+  return size == 0 || (size >= 0x1p-20 && size <= 0x1p20);
+}
+// Instructions for bfloat16 take subnormal numbers for 0, and pieces of small numbers are lost: not
+// for a scale that is out of the ordinary, which q or k may have to be out of it too. An
+// instruction set that was asked for by name is used for any d.
 const Kernels& kernels_of(const Call& c) {
   const KernelTable& table = kernel_table();
-  const Kernels& best = kernels_in(table, c.dtype);
-  const double factor = std::fabs(c.softcap > 0 ? c.scale / c.softcap : c.scale);
-  const bool ordinary = factor == 0 || (factor > 0x1p-39 && factor < 0x1p39);
-  const bool worth = c.d + c.d_v >= best.least_dims || isa_is_forced();
-  return best.tiles && !(ordinary && worth) ? kernels_in(*table.base, c.dtype) : best;
+  const Kernels* own = table.kernels[int(c.dtype)];
+  if (!own || !table.base) return kernels_in(table, c.dtype);
+  const bool ordinary =
+      is_ordinary(c.scale) && (c.softcap == 0 || is_ordinary(c.scale / c.softcap));
+  const bool worth = c.d + c.d_v >= own->least_dims || isa_is_forced();
+  return ordinary && worth ? *own : kernels_in(*table.base, c.dtype);
+}
+// dq is the sum of dS K times the scale. It is applied to K, but for one out of the ordinary, which
+// could take K out of range although dq is in it: of that only half goes there, in powers of two.
+double key_scale(const Call& c) {
+  if (is_ordinary(c.scale)) return c.scale;
+  const int most = c.dtype == DType::float64 ? 510 : 62;
+  return std::ldexp(1.0, std::clamp(std::ilogb(c.scale) / 2, -most, most));
 }
 index_t compute_size(DType dtype) {
   return dtype == DType::float64 ? 8 : 4;
@@ -83,7 +97,8 @@ bool has_duplicates(std::vector<index_t> v) {
   return std::adjacent_find(v.begin(), v.end()) != v.end();
 }
 
-// What backward keeps for every query: delta, lse2 and, for 16-bit types, the sums that become dq.
+// What backward keeps for every query: delta, lse2 and, for 16-bit types or where a part of the
+// scale is still to come, the sums that become dq.
 struct Statistics {
   std::unique_ptr<char[]> data, dq_data;
   char *lse2, *delta;
@@ -116,7 +131,7 @@ bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int t
   s.lse2 = s.data.get();
   s.delta = s.data.get() + elements * size;
   s.dq = c.dq;
-  if (c.dq.data && is_narrow(c.dtype)) {
+  if (c.dq.data && (is_narrow(c.dtype) || !is_ordinary(c.scale))) {
     s.dq_data = std::make_unique_for_overwrite<char[]>(std::size_t(elements * c.d * size));
     s.dq = {s.dq_data.get(), {}, c.lse_head * c.d * size, c.d * size, size};
     for (const index_t o : c.lse_batch) s.dq.batch.push_back(o * c.d * size);
@@ -317,6 +332,17 @@ bool attention_backward(Call& c, Loop& loop) {
     dq_turns = std::make_unique<int[]>(std::size_t(turns.total()));
     if (shared_bias) bias_turns = std::make_unique<int[]>(std::size_t(most + 1));
   }
+  std::vector<int> left_out;  // like `visible`; see Turns
+  if (bias_turns && c.dbias.row != 0) {
+    left_out.resize(visible.size());
+    std::vector<int> so_far(std::size_t(most), 0);
+    for (std::size_t b = 0; b < std::size_t(c.batch) && c.heads > 0; b++) {
+      const index_t own = query_blocks(index_t(b));
+      std::copy_n(so_far.begin(), own, left_out.begin() + turns.first[b]);
+      for (std::size_t i = std::size_t(own); i < so_far.size(); i++)
+        so_far[i] += int((tasks.first[b + 1] - tasks.first[b]) * group);
+    }
+  }
 
   const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
@@ -347,6 +373,7 @@ bool attention_backward(Call& c, Loop& loop) {
     head.d = c.d;
     head.d_v = c.d_v;
     head.scale = c.scale;
+    head.k_scale = key_scale(c);
     head.rules = c.rules(b, h);
     if (!c.alibi_slopes.empty()) head.alibi_slopes = &c.alibi_slopes[std::size_t(b * c.heads + h)];
     head.visible = visible.data() + turns.first[std::size_t(b)];
@@ -361,13 +388,17 @@ bool attention_backward(Call& c, Loop& loop) {
     const index_t block = local % blocks;
     if (dq_turns)
       head.dq_turns = {dq_turns.get() + turns.first[std::size_t(b)] + h * query_blocks(b),
-                       query_blocks(b), int(block)};
-    if (bias_turns) head.bias_turns = {bias_turns.get(), 0, int(task * group)};
+                       query_blocks(b), int(block), nullptr};
+    if (bias_turns)
+      head.bias_turns = {
+          bias_turns.get(), 0, int(task * group),
+          left_out.empty() ? nullptr : left_out.data() + turns.first[std::size_t(b)]};
     kernels.backward(head, block, scratch);
   });
   if (!done || !statistics.dq_data) return done;
+  const double rest = c.scale == 0 ? 1 : c.scale / key_scale(c);
   return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
-    kernels.round(statistics.dq.at(b, h).data, c.dq.at(b, h), begin, end, c.d);
+    kernels.round(statistics.dq.at(b, h).data, rest, c.dq.at(b, h), begin, end, c.d);
   });
 }
 

@@ -148,8 +148,7 @@ inline std::vector<index_t> integers_of(const char* name, py::handle object, con
     wrong_type(name, "an integer or an array of integers",
                py::isinstance<py::array>(object) ? dtype_name(a) : type_name(object));
   const Shape shape = shape_of(a);
-  if (shape.empty())
-    return std::vector<index_t>(std::size_t(batch), a.attr("item")().cast<index_t>());
+  if (shape.empty()) return integers_of(name, py::object(a.attr("item")()), lead, batch);
   if (shape != lead && shape != Shape{batch})
     wrong_value(name, "an integer or shape " + text_of(lead.empty() ? Shape{batch} : lead),
                 "shape " + text_of(shape));
@@ -167,9 +166,11 @@ inline void window_of(py::handle object, Call& c) {
   const auto side = [&](py::object x) -> index_t {
     if (!PyIndex_Check(x.ptr()) || PyBool_Check(x.ptr()))
       wrong_type("window", expected, py::repr(object).cast<std::string>());
-    const long long n = py::int_(x).cast<long long>();
-    if (n < -1) wrong_value("window", expected, py::repr(object).cast<std::string>());
-    return n < 0 ? UNBOUNDED : std::min<index_t>(n, UNBOUNDED);
+    int beyond = 0;  // 64 bits
+    const long long n = PyLong_AsLongLongAndOverflow(py::int_(x).ptr(), &beyond);
+    if (beyond < 0 || (beyond == 0 && n < -1))
+      wrong_value("window", expected, py::repr(object).cast<std::string>());
+    return beyond > 0 || n < 0 ? UNBOUNDED : std::min<index_t>(n, UNBOUNDED);
   };
   const auto sides = py::reinterpret_borrow<py::sequence>(object);
   c.left = side(sides[0]);
@@ -187,29 +188,33 @@ inline double finite_number(const char* name, py::handle object) {
   return x;
 }
 
+// An array of one of the given shapes.
+inline void check_shape(const char* name, const py::array& a, const std::vector<Shape>& shapes) {
+  if (std::find(shapes.begin(), shapes.end(), shape_of(a)) != shapes.end()) return;
+  std::string expected = "shape " + text_of(shapes[0]);
+  for (std::size_t i = 1; i < shapes.size(); i++)
+    if (shapes[i] != shapes[i - 1]) expected += " or " + text_of(shapes[i]);
+  wrong_value(name, expected, "shape " + text_of(shape_of(a)));
+}
+
 // Floating-point numbers in an array of one of the given shapes, C order.
 inline std::vector<double> numbers_of(const char* name, py::handle object,
                                       const std::vector<Shape>& shapes) {
   const py::array a = array_of(name, object);
   if (a.dtype().kind() != 'f' && dtype_name(a).find("bfloat16") == std::string::npos)
     wrong_type(name, "an array of floating-point numbers", dtype_name(a));
-  if (std::find(shapes.begin(), shapes.end(), shape_of(a)) == shapes.end()) {
-    std::string expected = "shape " + text_of(shapes[0]);
-    for (std::size_t i = 1; i < shapes.size(); i++)
-      if (shapes[i] != shapes[i - 1]) expected += " or " + text_of(shapes[i]);
-    wrong_value(name, expected, "shape " + text_of(shape_of(a)));
-  }
+  check_shape(name, a, shapes);
   const auto values = py::array_t<double, py::array::c_style | py::array::forcecast>(a);
   return std::vector<double>(values.data(), values.data() + values.size());
 }
 
-// Integers in an array of the given shape, C order.
-inline std::vector<index_t> ids_of(const char* name, py::handle object, const Shape& shape) {
+// Integers in an array of one of the given shapes, C order.
+inline std::vector<index_t> ids_of(const char* name, py::handle object,
+                                   const std::vector<Shape>& shapes) {
   const py::array a = array_of(name, object);
   if (a.dtype().kind() != 'i' && a.dtype().kind() != 'u')
     wrong_type(name, "an array of integers", dtype_name(a));
-  if (shape_of(a) != shape)
-    wrong_value(name, "shape " + text_of(shape), "shape " + text_of(shape_of(a)));
+  check_shape(name, a, shapes);
   const auto values = py::array_t<index_t, py::array::c_style | py::array::forcecast>(a);
   return std::vector<index_t>(values.data(), values.data() + values.size());
 }

@@ -139,6 +139,7 @@ void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) 
       rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
   c.softcap = finite_number("softcap", rules.softcap);
   if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", py::str(rules.softcap));
+  if (c.softcap > 0x1p100) c.softcap = 0;  // bends nothing, but logits divided by it are lost
   window_of(rules.window, c);
   if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);
   c.q_offset = integers_of("q_offset", rules.q_offset, r.lead, c.batch);
@@ -168,8 +169,8 @@ void fill_rectangle(Request& r, index_t sq, index_t sk, const RuleArguments& rul
     k_first.push_back(b * sk);
     c.lse_batch.push_back(b * c.heads * sq);
   }
-  r.segment_rows[0] = join(r.lead, sq);
-  r.segment_rows[1] = join(r.lead, sk);
+  r.segment_rows[0] = {join(r.lead, sq), {c.batch, sq}};
+  r.segment_rows[1] = {join(r.lead, sk), {c.batch, sk}};
   take_arrays(r, rules, q_first, k_first);
   c.lse_head = sq;
 }
@@ -238,8 +239,8 @@ Request packed(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q
     return n.empty() ? 0 : *std::max_element(n.begin(), n.end());
   };
   r.scores = {c.batch, c.heads, longest(c.sq), longest(c.sk)};
-  r.segment_rows[0] = {total_q};
-  r.segment_rows[1] = {total_k};
+  r.segment_rows[0] = {Shape{total_q}};
+  r.segment_rows[1] = {Shape{total_k}};
   take_arrays(r, rules, cu_q, cu_k);
   return r;
 }
@@ -257,7 +258,7 @@ Request paged(py::handle q, py::handle k, py::handle v, py::handle block_table,
   if (given.ndim() != 2 || given.shape(0) != c.batch)
     wrong_value("block_table", "shape (" + std::to_string(c.batch) + ", M)",
                 "shape " + text_of(shape_of(given)));
-  const std::vector<index_t> table = ids_of("block_table", given, shape_of(given));
+  const std::vector<index_t> table = ids_of("block_table", given, {shape_of(given)});
   const auto table_array = py::array_t<index_t>(py::ssize_t(table.size()), table.data());
   r.others.push_back(table_array);
   const index_t rows = index_t(r.k.shape(r.k_axes.row)), columns = index_t(given.shape(1));

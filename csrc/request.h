@@ -13,7 +13,7 @@ struct Request {
   py::dtype dtype, lse_dtype;
   Shape lead, out_shape, lse_shape, scores;  // scores: what masks and biases broadcast to
   Axes q_axes, k_axes;
-  Shape segment_rows[2];  // shapes of the segment ids of queries and of keys
+  std::vector<Shape> segment_rows[2];  // possible shapes of the segment ids of queries and of keys
 };
 
 // The rules as _attention.py's _rules() lines them up.

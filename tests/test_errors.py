@@ -56,6 +56,8 @@ WRONG = [
     ("scale", np.nan, ValueError, "nan"),
     ("scale", np.inf, ValueError, "inf"),
     ("scale", "large", TypeError, "str|large"),
+    ("kv_lengths", np.uint64(2**63), ValueError, "9223372036854775808"),
+    ("q_offset", 2**70, ValueError, "1180591620717411303424"),
     ("kv_lengths", np.array([-1, 2]), ValueError, "-1"),
     ("kv_lengths", np.array([1, 7]), ValueError, "7"),
     ("kv_lengths", np.array([1, 2, 3]), ValueError, r"\(3,\)"),

@@ -115,3 +115,12 @@ def test_refused_by_name(option, error, came):
     (name,) = option
     with pytest.raises(error, match=rf"^{name}: expected .*, got .*{came}"):
         fusedattn.attention(x, x, x, **option)
+
+
+def test_an_end_beyond_64_bits():
+    p = problem({}, np.float32, 30, 40)
+    everything = fusedattn.attention(p.q, p.k, p.v)
+    for window in ((2**70, 2**70), (2**63, -1), (2**62, 2**64)):
+        np.testing.assert_array_equal(fusedattn.attention(p.q, p.k, p.v, window=window), everything)
+    with pytest.raises(ValueError, match=r"^window: expected .*, got "):
+        fusedattn.attention(p.q, p.k, p.v, window=(-(2**70), 0))

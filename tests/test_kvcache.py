@@ -272,7 +272,7 @@ def test_a_failed_call_leaves_the_cache_as_it_was(kind, changed, error, message)
     cache = make(kind)
     _, k, v = sequence(np.float32)
     cache.append(k[:, :, :5], v[:, :, :5], [5, 0, 1])
-    before = state(cache)
+    before, storage = state(cache), (cache.k.copy(), cache.v.copy())
     arguments = GOOD | changed
     for name in ("q", "k", "v"):
         if arguments[name] is not None:
@@ -280,6 +280,9 @@ def test_a_failed_call_leaves_the_cache_as_it_was(kind, changed, error, message)
     with pytest.raises(error, match=message):
         attention_with_kvcache(cache=cache, **arguments)
     assert_unchanged(cache, before)
+    if "over" in kind:  # the caller's arrays, down to what no sequence uses
+        np.testing.assert_array_equal(cache.k, storage[0])
+        np.testing.assert_array_equal(cache.v, storage[1])
     with pytest.raises(TypeError, match="k: expected float32 as the cache, got float64"):
         cache.append(k.astype(float), v.astype(float))
     with pytest.raises(ValueError, match="lengths: expected from 0 to 5 for sequence 0, got 6"):

@@ -24,7 +24,8 @@ q, k, v, dout = (rng.standard_normal(shape, np.float32).astype({dtype}) for _ in
 rules = {rules}
 before = memory("VmRSS")
 out, lse = fusedattn.attention(q, k, v, return_lse=True, num_threads=2, **rules)
-grads = fusedattn.attention_backward(dout, q, k, v, out, lse, num_threads=2, **rules)
+need = ("q", "k", "v", *({{"bias"}} & set(rules)))
+grads = fusedattn.attention_backward(dout, q, k, v, out, lse, need=need, num_threads=2, **rules)
 results = sum(x.nbytes for x in (out, lse, *grads) if x is not None)
 print(memory("VmHWM") - before - results)
 """
@@ -32,6 +33,8 @@ CASES = [
     (16384, "np.float32", "{}"),
     (8192, "np.float32", '{"mask": np.ones((1, S), bool)}'),
     (8192, "np.float32", '{"bias": np.zeros((S, 1), np.float32)}'),
+    (8192, "np.float32", '{"bias": np.zeros((1, S), np.float32)}'),
+    (8192, "bfloat16", '{"bias": np.zeros((1, 1), bfloat16)}'),
     (8192, "np.float64", '{"is_causal": True}'),
     (8192, "np.float16", '{"is_causal": True}'),
     (8192, "bfloat16", '{"is_causal": True}'),

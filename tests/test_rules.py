@@ -40,6 +40,26 @@ def test_leading_dimensions(isa, dtype, lead, layout):
     assert_accurate(fused(p), p)
 
 
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+def test_what_each_sample_has_comes_with_its_leading_dimensions_or_flat(lead):
+    rng, samples = np.random.default_rng(0), int(np.prod(lead))
+    rules = {
+        "q_offset": rng.integers(0, 3, lead),
+        "q_lengths": rng.integers(0, 22, lead),
+        "kv_lengths": rng.integers(0, 40, lead),
+        "alibi_slopes": rng.random((*lead, 4)),
+        "segment_ids": tuple(rng.integers(0, 3, (*lead, n)) for n in (21, 39)),
+    }
+    flat = {name: np.reshape(rules[name], samples) for name in list(rules)[:3]}
+    flat["alibi_slopes"] = rules["alibi_slopes"].reshape(samples, 4)
+    flat["segment_ids"] = tuple(x.reshape(samples, -1) for x in rules["segment_ids"])
+    p, same = (make(SIZES | {"lead": lead}, rules=r) for r in (rules, flat))
+    expected, got = fused(p), fused(same)
+    assert_accurate(expected, p)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(got[name], x)
+
+
 @pytest.mark.parametrize(("h", "hkv"), [(1, 1), (2, 1), (6, 3), (6, 2), (8, 1), (5, 5)])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_grouped_heads(isa, h, hkv, layout):

@@ -46,3 +46,65 @@ def test_the_distances_of_alibi():
     q, k = np.zeros((1, 4, 1)), np.zeros((1, 6, 1))
     logits = fusedattn.reference.logits(q, k, alibi_slopes=[1.0], q_offset=2)
     np.testing.assert_array_equal(logits[0], shown)
+
+
+S, W, CAP = 40, 5, 3.0
+DOCUMENTS = np.sort(np.random.default_rng(1).integers(0, 4, (2, S)))
+SLOPES = np.random.default_rng(2).random(3).astype(np.float32)
+TABLE = np.random.default_rng(3).standard_normal((3, 2 * S)).astype(np.float32)
+DISTANCE = np.arange(S)[:, None] - np.arange(S)
+# Of FlexAttention's table: the array that the function reads, the function, what is written here.
+MASK_MODS = {
+    "q_idx >= kv_idx": (0, lambda x, b, h, i, j: i >= j, {"is_causal": True}),
+    "q_idx - kv_idx <= w": (
+        0,
+        lambda x, b, h, i, j: (i >= j) & (i - j <= W),
+        {"is_causal": True, "window": (W, -1)},
+    ),
+    "document_id[q_idx] == document_id[kv_idx]": (
+        DOCUMENTS,
+        lambda x, b, h, i, j: x[b, i] == x[b, j],
+        {"segment_ids": DOCUMENTS},
+    ),
+}
+SCORE_MODS = {
+    "cap * tanh(score / cap)": (
+        0,
+        lambda x, s, b, h, i, j: CAP * (s / CAP).tanh(),
+        {"softcap": CAP},
+    ),
+    "score - slope[h] * abs(q_idx - kv_idx)": (
+        SLOPES,
+        lambda x, s, b, h, i, j: s - x[h] * (i - j).abs(),
+        {"alibi_slopes": SLOPES},
+    ),
+    "score + table[h, q_idx - kv_idx + n]": (
+        TABLE,
+        lambda x, s, b, h, i, j: s + x[h, i - j + S],
+        {"bias": TABLE[:, DISTANCE + S]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # that it runs unfused
+@pytest.mark.parametrize("text", [*MASK_MODS, *SCORE_MODS])
+def test_calls_of_flex_attention(text):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="an older PyTorch")
+    assert text in PAGE.read_text(encoding="utf-8")
+    array, function, rules = (MASK_MODS | SCORE_MODS)[text]
+    array = torch.tensor(array)
+
+    def mask_mod(b, h, i, j):
+        return function(array, b, h, i, j)
+
+    def score_mod(score, b, h, i, j):
+        return function(array, score, b, h, i, j)
+
+    if text in MASK_MODS:
+        options = {"block_mask": flex.create_block_mask(mask_mod, 2, 3, S, S, device="cpu")}
+    else:
+        options = {"score_mod": score_mod}
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, S, 16)).astype(np.float32)
+    expected = flex.flex_attention(*map(torch.tensor, (q, k, v)), **options)
+    np.testing.assert_allclose(fusedattn.attention(q, k, v, **rules), expected, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import fusedattn
 from tests.accuracy import assert_same
 from tests.strategies import DTYPES
+from tests.test_threads import run
 
 CU = [
     ([0, 5, 5, 12, 13], [0, 9, 12, 12, 30]),
@@ -128,6 +129,36 @@ def test_threads(isa, num_threads):
     )
     for x, y in zip(grads[:3], expected[:3], strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+SHARED = """
+import numpy as np
+import fusedattn
+from fusedattn import _core
+
+lengths = np.array([3, 0, 70, 300, 1, 150, 64, 20])
+cu = np.concatenate([[0], np.cumsum(lengths)])
+rng = np.random.default_rng(0)
+shapes = [(cu[-1], h, 32) for h in (4, 2, 2, 4)]
+q, k, v, dout = (rng.standard_normal(shape, np.float32) for shape in shapes)
+for isa in fusedattn.cpu_info()["isas"]:
+    _core.set_isa(isa)
+    for shape in (4, 300, 300), (300, 300), (8, 1, 300, 300), (1, 300), (300, 1), (8, 4, 1, 300):
+        rules = {"bias": rng.standard_normal(shape, np.float32)}
+        out, lse = fusedattn.attention_varlen(q, k, v, cu, cu, return_lse=True, **rules)
+        first = None
+        for threads in (1, 2, 3, 5):
+            grads = fusedattn.attention_varlen_backward(
+                dout, q, k, v, out, lse, cu, cu, need=("q", "bias"), num_threads=threads, **rules
+            )
+            first = first or grads
+            assert (grads.dbias == first.dbias).all() and (grads.dq == first.dq).all()
+"""
+
+
+def test_threads_at_a_bias_that_sequences_of_different_lengths_share():
+    """They add to its gradient in turns, of which short sequences have fewer."""
+    run(SHARED)
 
 
 def test_only_what_is_needed(isa):

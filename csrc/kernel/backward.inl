@@ -54,7 +54,9 @@ struct Turn {
 };
 FA_INLINE Turn turn_at(const Turns& t, index_t g, index_t query_block) {
   if (!t.turns) return {nullptr, 0};
-  return {t.turns + g * t.head + query_block, t.ordinal + (t.head == 0 ? int(g) : 0)};
+  const int ordinal = t.ordinal + (t.head == 0 ? int(g) : 0);
+  return {t.turns + g * t.head + query_block,
+          t.left_out ? ordinal - t.left_out[query_block] : ordinal};
 }
 FA_INLINE void wait(const BackwardHead& h, Turn t) {
   if (t.turn) h.wait_for_turn(t.turn, t.ordinal, h.call);
@@ -261,7 +263,7 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   } else {
     pack_transposed<E>(h.k, b.k0, b.nk, h.d, b.factor, b.kt, BACK_KEYS);
     pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.scale), b.k, b.ld);
+    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.k_scale), b.k, b.ld);
   }
   __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
   __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
@@ -301,13 +303,13 @@ template <class E> static void delta(const DeltaHead& h, index_t begin, index_t 
   }
 }
 
-// Rounds rows of a gradient that was summed in the compute type.
+// Rounds rows of a gradient that was summed in the compute type, times a factor.
 template <class E>
-static void round_rows(const void* sums, const Matrix& dst, index_t begin, index_t end,
-                       index_t cols) {
+static void round_rows(const void* sums, double factor, const Matrix& dst, index_t begin,
+                       index_t end, index_t cols) {
   using T = Compute<E>;
-  store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(1), dst, begin, end - begin,
-                cols);
+  store_rows<E>(static_cast<const T*>(sums) + begin * cols, cols, T(factor), dst, begin,
+                end - begin, cols);
 }
 
 // Keys that some query of each block of BACK_QUERIES sees.

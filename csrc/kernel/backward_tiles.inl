@@ -16,7 +16,7 @@ template <class T> struct BackwardBlock {
   index_t k0, nk, nk_padded;
   T *kt, *vt;  // (d, BACK_KEYS) K^T * factor; (d_v, BACK_KEYS) V^T; pairs: words, no factor
   T factor, after = 1, q_factor = 1;  // of the logits (see logit_factors), of q when it is copied
-  T* k;                               // (BACK_KEYS, ld) K * scale
+  T* k;                               // (BACK_KEYS, ld) K * k_scale
   T *p, *ds, *dense;                  // (BACK_QUERIES, BACK_KEYS)
   // pairs: words of two queries (BACK_QUERIES / 2, BACK_KEYS); of two keys (BACK_QUERIES, BACK_KEYS
   // / 2), (BACK_KEYS / 2, ld); of two queries (BACK_QUERIES / 2, ld or ld_v)

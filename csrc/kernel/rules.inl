@@ -90,15 +90,25 @@ FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
 
 // Logits come out in log2 units, or ready for tanh: queries are multiplied by `before` on their way
 // in and the products by `after`, which is 1 unless the scale is so far from 1 that queries times
-// it might leave the numbers' range although the logits do not. The first is a power of two then.
+// it might leave the numbers' range although the logits do not. Then `before` is a power of two
+// half way from 1 to the scale. No operand whose logit is a number is taken out of range by it, and
+// neither are keys that are multiplied by it too.
 struct Factors {
   double before, after;
 };
+FA_INLINE double half_way(double size, int64_t most) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &size, sizeof(bits));
+  const int64_t half = (int64_t(bits >> 52) - 1023) / 2;
+  bits = uint64_t(1023 + max_index(min_index(half, most), -most)) << 52;
+  __builtin_memcpy(&size, &bits, sizeof(bits));
+  return size;
+}
 template <class T> FA_INLINE Factors logit_factors(double scale, const Rules& rules) {
-  const double unit = rules.softcap > 0 ? 1 / rules.softcap : LOG2E;
-  const double whole = rules.softcap > 0 ? scale / rules.softcap : scale * LOG2E;
-  const double size = whole < 0 ? -whole : whole, usual = sizeof(T) == 4 ? 0x1p40 : 0x1p400;
-  if (size == 0 || (size <= usual && size >= 1 / usual)) return {whole, 1};
-  const double root = sizeof(T) == 4 ? 0x1p62 : 0x1p500, before = size > 1 ? root : 1 / root;
-  return {before, scale / before * unit};
+  const bool bent = rules.softcap > 0;
+  const double whole = bent ? scale / rules.softcap : scale, unit = bent ? 1 : LOG2E,
+               size = whole < 0 ? -whole : whole, usual = sizeof(T) == 4 ? 0x1p20 : 0x1p400;
+  if (size == 0 || (size <= usual && size >= 1 / usual)) return {whole * unit, 1};
+  const double before = half_way(size, sizeof(T) == 4 ? 62 : 510);
+  return {before, whole / before * unit};
 }

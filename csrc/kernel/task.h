@@ -84,12 +84,14 @@ struct NextQueries {
 
 // What several tasks add to is added in a fixed order, whoever computes it: before adding to query
 // block i of query head g, a task waits until turns[g * head + i] equals its ordinal; then it sets
-// it one higher. turns null: nobody else adds.
+// it one higher. Samples of fewer query blocks take no turns at the others: `left_out` of the
+// earlier ordinals, by query block (null: none). turns null: nobody else adds.
 struct Turns {
   int* turns;
   index_t
       head;  // 0 if all query heads wait for the same turns; their ordinals then count up with g
   int ordinal;
+  const int* left_out;
 };
 
 // One key/value head with the `group` query heads that share it.
@@ -103,6 +105,7 @@ struct BackwardHead {
   index_t stat_head;         // elements from one query head to the next in lse2 and delta
   index_t group, sq, sk, d, d_v;
   double scale;
+  double k_scale;              // of k on its way into dq; the rest joins at the end
   Rules rules;                 // of the first query head
   const double* alibi_slopes;  // (group); null: none
   const Interval* visible;     // keys that a block of queries sees, one interval a block
@@ -127,8 +130,7 @@ struct Kernels {
   index_t query_block;   // forward: queries in the widest sub-block
   index_t sub_blocks;    // forward: of these in a task at most
   index_t few_queries;   // forward_few: queries of a group at most
-  bool tiles;            // AMX's; where they do not suit a problem, those of `base` run
-  index_t least_dims;    // d + dv from which on they are worth it
+  index_t least_dims;    // d + dv below which those of `base` are faster
   index_t back_queries;  // backward: queries in a block, the unit of `turns`
   index_t back_keys;     // backward: keys in a block, the unit of its tasks
   std::size_t (*forward_scratch)(const ForwardHead&, index_t queries);
@@ -140,7 +142,8 @@ struct Kernels {
   void (*visible_blocks)(const Rules&, index_t sq, index_t sk, Interval* blocks);
   std::size_t (*backward_scratch)(const BackwardHead&);
   void (*backward)(const BackwardHead&, index_t key_block, void* scratch);
-  void (*round)(const void* sums, const Matrix& dst, index_t begin, index_t end, index_t cols);
+  void (*round)(const void* sums, double factor, const Matrix& dst, index_t begin, index_t end,
+                index_t cols);
   double (*multiply_adds)(
       index_t rounds);  // runs independent multiply-adds, returns how many flops that was
 };

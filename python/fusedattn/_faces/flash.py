@@ -183,7 +183,7 @@ def flash_attn_with_kvcache(
 
     - Rotary embeddings are the caller's: rotate q and k before the call.
     - Where k is given, so must be cache_seqlens.
-    - A call that fails leaves every token of the caches as it was.
+    - A call that fails leaves the caches as they were.
 
     Parameters
     ----------

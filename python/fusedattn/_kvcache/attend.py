@@ -65,7 +65,7 @@ def attention_with_kvcache(
     ------
     TypeError, ValueError
         As :func:`attention` and :meth:`KVCache.append`; the cache's lengths and pages are left as
-        they were.
+        they were, and in arrays given to :meth:`KVCache.over` every byte.
 
     Notes
     -----
@@ -87,10 +87,10 @@ def attention_with_kvcache(
     counts = np.full(shape[0], length)
     if q_lengths is not None:
         counts = per_sequence("q_lengths", q_lengths, shape[0], length)
-    before = cache.lengths
+    before, overwritten = cache.lengths, []
     try:
         if k is not None:
-            cache.append(k, v, None if q_lengths is None else counts)
+            overwritten = cache._append(k, v, None if q_lengths is None else counts)
         rules |= {
             "is_causal": is_causal,
             "q_offset": cache.lengths - counts,
@@ -112,4 +112,6 @@ def attention_with_kvcache(
         )
     except BaseException:
         cache.truncate(before)
+        for own, place, numbers in reversed(overwritten):
+            own[place] = numbers
         raise

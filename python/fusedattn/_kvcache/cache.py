@@ -7,6 +7,7 @@ management for large language model serving*, SOSP 2023).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,7 @@ class KVCache:
         counts = per_sequence("lengths", lengths, len(table), room)
         cache._adopt(k, v, counts, table.astype(np.int64), room, layout)
         cache._paged = block_table is not None
+        cache._is_over = True
         cache._check_pages(cache._table, counts)
         return cache
 
@@ -174,6 +176,7 @@ class KVCache:
         self._table: NDArray[np.int64] = table
         self._free = None
         self._paged = False
+        self._is_over = False
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -211,6 +214,10 @@ class KVCache:
             Wrong shapes or dtypes, a sequence beyond `max_length`, no page left, a table entry
             that is no page. The cache is left as it was.
         """
+        self._append(k, v, lengths)
+
+    def _append(self, k: Any, v: Any, lengths: ArrayLike | None) -> list[tuple[Array, Any, Array]]:
+        """`append`; in arrays of the caller's, what was overwritten: array, place, numbers."""
         k, v = np.asarray(k), np.asarray(v)
         batch = len(self._lengths)
         rows = k.shape[2 if self._layout == "bhsd" else 1] if k.ndim == 4 else 0
@@ -236,11 +243,17 @@ class KVCache:
         table, taken = self._allocated(ends)
         self._check_pages(table, ends)
         # From here on nothing fails.
+        before = []
         for own, x in ((self.k, k), (self.v, v)):
-            self._write(self._tokens_first(own), self._tokens_first(x), table, ends)
+            own, x = self._tokens_first(own), self._tokens_first(x)
+            for b, place, rows in self._places(table, ends):
+                if self._is_over:
+                    before.append((own, place, own[place].copy()))
+                own[place] = x[b, rows]
         self._lengths, self._table = ends, table
         if self._free is not None:
             del self._free[len(self._free) - taken :]
+        return before
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the tokens of each sequence beyond a length; pages that this empties are free.
@@ -266,15 +279,18 @@ class KVCache:
     def _page_size(self) -> int:
         return int(self.k.shape[2 if self._layout == "bhsd" else 1])
 
-    def _write(self, own: Array, x: Array, table: Array, ends: Array) -> None:
-        """Rows of x (B, S, Hkv, D) behind the tokens of each sequence, up to its end."""
+    def _places(self, table: Array, ends: Array) -> Iterator[tuple[int, Any, slice]]:
+        """Where what comes behind each sequence's tokens goes, up to its end, a page at a time.
+
+        Of each piece the sequence, the place in the storage, and which of the new rows.
+        """
         size = self._page_size
         for b, (first, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
             at = first
-            while at < end:  # a page at a time
+            while at < end:
                 stop = min(end, (at // size + 1) * size)
-                rows = slice(at % size, at % size + stop - at)
-                own[table[b, at // size], rows] = x[b, at - first : stop - first]
+                place = table[b, at // size], slice(at % size, at % size + stop - at)
+                yield b, place, slice(at - first, stop - first)
                 at = stop
 
     def _tokens_first(self, x: Array) -> Array:
