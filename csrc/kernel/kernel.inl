@@ -36,6 +36,7 @@ namespace {
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
 #include "kernel/amx_cut.inl"
+#include "kernel/forward_amx_scores.inl"
 #include "kernel/forward_amx_block.inl"
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
