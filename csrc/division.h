@@ -1,0 +1,82 @@
+// What forward and backward share in dividing work: which kernels, how many threads, which task.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "attention.h"
+#include "dispatch.h"
+
+namespace fusedattn {
+
+inline const Kernels& kernels_in(const KernelTable& table, DType dtype) {
+  const Kernels* own = table.kernels[int(dtype)];
+  return own ? *own : *table.base->kernels[int(dtype)];
+}
+// May a factor be applied to an operand without a thought for the range of float32?
+inline bool is_ordinary(double factor) {
+  const double size = std::fabs(factor);
+  return size == 0 || (size >= 0x1p-20 && size <= 0x1p20);
+}
+// Instructions for bfloat16 take subnormal numbers for 0, and pieces of small numbers are lost: not
+// for a scale that is out of the ordinary, which q or k may have to be out of it too. An
+// instruction set that was asked for by name is used for any d.
+inline const Kernels& kernels_of(const Call& c) {
+  const KernelTable& table = kernel_table();
+  const Kernels* own = table.kernels[int(c.dtype)];
+  if (!own || !table.base) return kernels_in(table, c.dtype);
+  const bool ordinary =
+      is_ordinary(c.scale) && (c.softcap == 0 || is_ordinary(c.scale / c.softcap));
+  const bool worth = c.d + c.d_v >= own->least_dims || isa_is_forced();
+  return ordinary && worth ? *own : kernels_in(*table.base, c.dtype);
+}
+inline index_t compute_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
+inline bool is_narrow(DType dtype) {
+  return dtype == DType::float16 || dtype == DType::bfloat16;
+}
+inline index_t ceil_div(index_t a, index_t b) {
+  return (a + b - 1) / b;
+}
+
+// Query-key pairs that are computed, about: a window or a causal mask leaves its part of a row.
+inline double pairs(const Call& c) {
+  double n = 0;
+  for (std::size_t b = 0; b < std::size_t(c.batch); b++) {
+    const double keys = double(c.sk[b]), left = std::min(double(c.left), keys / 2),
+                 right = std::min(double(c.right), keys / 2);
+    n += double(c.sq[b]) * std::min(keys, left + right + 1);
+  }
+  return n * double(c.heads);
+}
+
+// A thread more for each 1.5 MFLOP: below that, waking it costs more than it brings.
+inline int worthwhile_threads(int threads, double flops) {
+  return int(std::clamp(flops / 1.5e6, 1.0, double(threads)));
+}
+
+// Tasks numbered over samples of different sizes: sample b owns [first[b], first[b + 1]).
+struct Numbering {
+  std::vector<index_t> first{0};
+
+  void add(index_t tasks) { first.push_back(first.back() + tasks); }
+  index_t total() const { return first.back(); }
+  index_t sample(index_t task) const {
+    return index_t(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
+  }
+};
+
+// Runs body(task) with tasks too small to be worth an atomic operation put together.
+template <class F> bool run_tasks(index_t tasks, double flops, int threads, Loop& loop, F&& body) {
+  const double each = flops / double(std::max<index_t>(tasks, 1));
+  const index_t together = std::clamp<index_t>(index_t(2e5 / (each + 1)), 1,
+                                               std::max<index_t>(1, tasks / (4 * threads)));
+  return parallel_for(ceil_div(tasks, together), threads, loop, [&](index_t chunk) {
+    const index_t end = std::min(tasks, (chunk + 1) * together);
+    for (index_t t = chunk * together; t < end; t++) body(t);
+  });
+}
+
+}  // namespace fusedattn
