@@ -280,26 +280,39 @@ template <class E> static void backward(const BackwardHead& h, index_t key_block
   if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
 }
 
-// delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e) for queries [begin, end).
+// delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e) for queries [begin, end), W at a time:
+// their sums over lanes, in the order of sum_lanes, are made side by side.
 template <class E> static void delta(const DeltaHead& h, index_t begin, index_t end) {
   using T = Compute<E>;
   const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
-  for (index_t q = begin; q < end; q++) {
-    const char *o = h.out.data + q * h.out.row, *g = h.dout.data + q * h.dout.row;
-    Vec<T> sum{};
-    index_t c = 0;
-    if (native)
-      for (; c + W<T> <= h.dv; c += W<T>)
-        sum = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum);
-    for (; c < h.dv; c += W<T>) {
-      const int n = int(min_index(W<T>, h.dv - c));
-      sum = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
-                   gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum);
+  for (index_t q = begin; q < end; q += W<T>) {
+    const int rows = int(min_index(W<T>, end - q));
+    Vec<T> sum[W<T>] = {};
+    for (int r = 0; r < rows; r++) {
+      const char *o = h.out.data + (q + r) * h.out.row, *g = h.dout.data + (q + r) * h.dout.row;
+      for (index_t at = 0; at < h.dv * index_t(sizeof(E)) && q + r + 8 < end; at += 64) {
+        prefetch_near(o + 8 * h.out.row + at);
+        prefetch_near(g + 8 * h.dout.row + at);
+      }
+      index_t c = 0;
+      if (native)
+        for (; c + W<T> <= h.dv; c += W<T>)
+          sum[r] = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum[r]);
+      for (; c < h.dv; c += W<T>) {
+        const int n = int(min_index(W<T>, h.dv - c));
+        sum[r] = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
+                        gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum[r]);
+      }
     }
-    T dlse = 0;
-    if (h.dlse) __builtin_memcpy(&dlse, h.dlse + q * h.dlse_step, sizeof(T));
-    static_cast<T*>(h.delta)[q] = sum_lanes<T>(sum) - dlse;
-    static_cast<T*>(h.lse2)[q] = static_cast<const T*>(h.lse)[q] * T(LOG2E);
+    transpose_registers<T>(sum);
+    FA_UNROLL
+    for (int i = 1; i < W<T>; i++) sum[0] += sum[i];
+    T dlse[W<T>] = {};
+    for (int r = 0; r < rows && h.dlse; r++)
+      __builtin_memcpy(&dlse[r], h.dlse + (q + r) * h.dlse_step, sizeof(T));
+    const Vec<T> lse = load_n(static_cast<const T*>(h.lse) + q, rows);
+    store_n(static_cast<T*>(h.delta) + q, sum[0] - load(dlse), rows);
+    store_n(static_cast<T*>(h.lse2) + q, lse * splat(T(LOG2E)), rows);
   }
 }
 

@@ -89,3 +89,17 @@ template <class E> FA_INLINE void scatter_as(char* p, index_t step, int n, Vec<C
   store_as<E>(reinterpret_cast<char*>(x), v);
   for (int i = 0; i < n; i++) __builtin_memcpy(p + i * step, &x[i], sizeof(E));
 }
+
+// The first n of W elements next to each other; the rest reads as 0 and is not written.
+template <class E> FA_INLINE Vec<Compute<E>> load_some(const char* p, int n) {
+  if constexpr (sizeof(E) == sizeof(Compute<E>))
+    return load_n(reinterpret_cast<const E*>(p), n);
+  else
+    return gather_as<E>(p, index_t(sizeof(E)), n);
+}
+template <class E> FA_INLINE void store_some(char* p, Vec<Compute<E>> x, int n) {
+  if constexpr (sizeof(E) == sizeof(Compute<E>))
+    store_n(reinterpret_cast<E*>(p), x, n);
+  else
+    scatter_as<E>(p, index_t(sizeof(E)), n, x);
+}

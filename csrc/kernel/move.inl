@@ -30,7 +30,9 @@ FA_NOINLINE void copy_rows(const Matrix& src, index_t r0, index_t rows, index_t 
       for (; c + W<T> <= cols; c += W<T>) store(d + c, load_as<E>(p + c * src.col) * f);
     for (; c < cols; c += W<T>) {
       const int n = int(min_index(W<T>, cols - c));
-      store_n(d + c, gather_as<E>(p + c * src.col, src.col, n) * f, int(min_index(W<T>, ld - c)));
+      const Vec<T> x =
+          native ? load_some<E>(p + c * src.col, n) : gather_as<E>(p + c * src.col, src.col, n);
+      store_n(d + c, x * f, int(min_index(W<T>, ld - c)));
     }
     for (; c < ld; c++) d[c] = T(0);
   }
@@ -84,6 +86,10 @@ FA_NOINLINE void unpack_transposed(const T* src, index_t ld, const T* factor, co
       if (native && nr == W<T> && nc == W<T>) {
         FA_UNROLL
         for (int i = 0; i < W<T>; i++) store_as<E>(p + i * dst.row, t[i]);
+      } else if (native) {
+        FA_UNROLL
+        for (int i = 0; i < W<T>; i++)
+          if (i < nr) store_some<E>(p + i * dst.row, t[i], nc);
       } else {
         FA_UNROLL
         for (int i = 0; i < W<T>; i++)
@@ -106,7 +112,11 @@ FA_NOINLINE void store_rows(const T* src, index_t ld, T factor, const Matrix& ds
       for (; c + W<T> <= cols; c += W<T>) store_as<E>(p + c * dst.col, load(src + r * ld + c) * f);
     for (; c < cols; c += W<T>) {
       const int n = int(min_index(W<T>, cols - c));
-      scatter_as<E>(p + c * dst.col, dst.col, n, load_n(src + r * ld + c, n) * f);
+      const Vec<T> x = load_n(src + r * ld + c, n) * f;
+      if (native)
+        store_some<E>(p + c * dst.col, x, n);
+      else
+        scatter_as<E>(p + c * dst.col, dst.col, n, x);
     }
   }
 }

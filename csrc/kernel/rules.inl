@@ -22,6 +22,12 @@ struct Span {
 };
 FA_INLINE Span visible_span(const Rules& rules, index_t begin, index_t end, index_t sk) {
   Span s{{sk, 0}, {0, sk}};
+  if (begin < end && end <= rules.q_length && !rules.segments.keys) {
+    // Both ends of the intervals ascend: the first and the last tell all if neither is empty.
+    const Interval first = visible_keys(rules, begin), last = visible_keys(rules, end - 1);
+    if (first.low < first.high && last.low < last.high)
+      return {{min_index(first.low, sk), last.high}, {last.low, min_index(first.high, sk)}};
+  }
   for (index_t i = begin; i < end; i++) {
     const Interval v = visible_keys(rules, i);
     if (v.low < v.high) {
