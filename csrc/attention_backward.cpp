@@ -45,13 +45,13 @@ template <class F> bool over_queries(const Call& c, int threads, Loop& loop, F&&
   });
 }
 
-// 1. of backward: the statistics, dq set to zero.
-bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int threads,
-                        Statistics& s) {
+// Makes room for the statistics.
+Statistics statistics_of(const Call& c) {
   const index_t size = compute_size(c.dtype);
   index_t elements = 0;
   for (std::size_t b = 0; b < std::size_t(c.batch); b++)
     elements = std::max(elements, c.lse_batch[b] + (c.heads - 1) * c.lse_head + c.sq[b]);
+  Statistics s;
   s.data = std::make_unique_for_overwrite<char[]>(std::size_t(2 * elements * size));
   s.lse2 = s.data.get();
   s.delta = s.data.get() + elements * size;
@@ -61,17 +61,48 @@ bool compute_statistics(const Call& c, const Kernels& kernels, Loop& loop, int t
     s.dq = {s.dq_data.get(), {}, c.lse_head * c.d * size, c.d * size, size};
     for (const index_t o : c.lse_batch) s.dq.batch.push_back(o * c.d * size);
   }
-  return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
-    const index_t at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
-    const Matrix dlse = c.dlse.at(b, h);
-    kernels.delta({c.out.at(b, h), c.dout.at(b, h), c.lse + at, dlse.data, dlse.row, s.lse2 + at,
-                   s.delta + at, c.d_v},
-                  begin, end);
-    const Matrix dq = s.dq.at(b, h);
-    if (dq.data)
-      for (index_t q = begin; q < end; q++)
-        std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * size));
-  });
+  return s;
+}
+
+// 1. of backward, for queries [begin, end) of a head: the statistics, dq set to zero.
+void compute_statistics(const Call& c, const Kernels& kernels, const Statistics& s, index_t b,
+                        index_t h, index_t begin, index_t end, const Matrix& dout,
+                        const Matrix& dq) {
+  const index_t size = compute_size(c.dtype),
+                at = (c.lse_batch[std::size_t(b)] + h * c.lse_head) * size;
+  const Matrix dlse = c.dlse.at(b, h);
+  kernels.delta(
+      {c.out.at(b, h), dout, c.lse + at, dlse.data, dlse.row, s.lse2 + at, s.delta + at, c.d_v},
+      begin, end);
+  if (dq.data)
+    for (index_t q = begin; q < end; q++)
+      std::memset(dq.data + q * dq.row, 0, std::size_t(c.d * size));
+}
+
+// Rows a multiple of 4096 bytes apart share a few sets of the caches and drive each other out.
+// Where a task reads a head's queries several times, once for each block of keys, it copies them
+// first, and adds up dq beside them.
+struct Packed {
+  index_t size, q_bytes, dout_bytes, dq_bytes;  // of an element; of a head
+  bool used;
+
+  index_t bytes() const { return used ? q_bytes + dout_bytes + dq_bytes : 0; }
+};
+bool is_crowded(const Tensor& t, index_t size) {
+  return t.col == size && t.row != 0 && t.row % 4096 == 0;
+}
+Packed packed_head(const Call& c, index_t sq) {
+  const index_t size = is_narrow(c.dtype) ? 2 : compute_size(c.dtype);
+  const bool used = !is_narrow(c.dtype) && is_crowded(c.q, size) && is_crowded(c.dout, size);
+  return {size, sq * c.d * size, sq * c.d_v * size, c.dq.data ? sq * c.d * size : 0, used};
+}
+Matrix copy_rows(const Matrix& m, index_t rows, index_t bytes, index_t size, char* to) {
+  for (index_t r = 0; r < rows; r++) {
+    for (index_t ahead = 0; ahead < bytes && r + 8 < rows; ahead += 64)
+      __builtin_prefetch(m.data + (r + 8) * m.row + ahead);
+    std::memcpy(to + r * bytes, m.data + r * m.row, std::size_t(bytes));
+  }
+  return {to, bytes, size};
 }
 
 // dsinks = -sum over queries of exp(sink - lse) * delta: the sink's probability times its share of
@@ -97,11 +128,7 @@ bool attention_backward(Call& c, Loop& loop) {
   const int threads = worthwhile_threads(c.threads, flops);
   const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1, heads = c.batch * c.kv_heads;
 
-  Statistics statistics;
-  if (!compute_statistics(c, kernels, loop, threads, statistics)) return false;
-  for (std::size_t h = 0; h < c.dsinks.size(); h++)
-    c.dsinks[h] = c.dtype == DType::float64 ? sink_gradient<double>(c, statistics, index_t(h))
-                                            : sink_gradient<float>(c, statistics, index_t(h));
+  const Statistics statistics = statistics_of(c);
 
   // Who else adds to the same elements? Key blocks of a head to its dq; other heads and samples to
   // a broadcast dbias.
@@ -110,6 +137,13 @@ bool attention_backward(Call& c, Loop& loop) {
       (c.dbias.col == 0 || (c.kv_heads > 1 && c.dbias.head == 0) || has_duplicates(c.dbias.batch));
   const bool by_head = !shared_bias && (threads == 1 || heads >= 8 * threads ||
                                         (heads >= threads && heads % threads == 0));
+
+  // A task with a head of its own makes its statistics itself: dout and dq are in the caches then.
+  const auto statistics_at = [&](index_t b, index_t h, index_t begin, index_t end) {
+    compute_statistics(c, kernels, statistics, b, h, begin, end, c.dout.at(b, h),
+                       statistics.dq.at(b, h));
+  };
+  if (!by_head && !over_queries(c, threads, loop, statistics_at)) return false;
 
   const auto query_blocks = [&](index_t b) {
     return ceil_div(c.sq[std::size_t(b)], kernels.back_queries);
@@ -145,6 +179,25 @@ bool attention_backward(Call& c, Loop& loop) {
     }
   }
 
+  const auto keys_at = [&](index_t b, index_t kv, index_t block, bool new_head) -> NextKeys {
+    const index_t begin = block * kernels.back_keys, sk = c.sk[std::size_t(b)], h = kv * group;
+    return {c.k.at(b, kv),
+            c.v.at(b, kv),
+            c.q.at(b, h),
+            c.dout.at(b, h),
+            new_head ? c.out.at(b, h) : Matrix{},
+            c.mask.at(b, h),
+            c.bias.at(b, h),
+            begin,
+            std::min(begin + kernels.back_keys, sk),
+            c.sq[std::size_t(b)]};
+  };
+  const auto keys_of = [&](index_t task) -> NextKeys {
+    if (task >= tasks.total()) return {};
+    const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)];
+    if (by_head) return keys_at(b, local, 0, true);
+    return keys_at(b, local / key_blocks(b), local % key_blocks(b), false);
+  };
   const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
                   blocks = key_blocks(b);
@@ -180,10 +233,44 @@ bool attention_backward(Call& c, Loop& loop) {
     head.visible = visible.data() + turns.first[std::size_t(b)];
     head.wait_for_turn = wait_for_turn;
     head.call = &loop;
-    void* scratch = thread_scratch(kernels.backward_scratch(head));
+    Packed packed = packed_head(c, head.sq);
+    packed.used &= by_head && blocks > 1 && !statistics.dq_data;
+    const index_t needed = index_t(kernels.backward_scratch(head) + 63) / 64 * 64;
+    char* scratch =
+        static_cast<char*>(thread_scratch(std::size_t(needed + group * packed.bytes() + 3 * 64)));
+    head.next = keys_of(task + threads);
     if (by_head) {
-      for (index_t block = 0; block < blocks && !is_cancelled(loop); block++)
+      const NextKeys after = head.next;
+      char *q = scratch + needed, *dout = q + group * packed.q_bytes,
+           *dq = dout + group * packed.dout_bytes;
+      for (index_t g = 0; g < group; g++) {
+        if (!packed.used) {
+          statistics_at(b, h + g, 0, head.sq);
+          continue;
+        }
+        const index_t size = packed.size, row = c.d * size;
+        copy_rows(c.q.at(b, h + g), head.sq, row, size, q + g * packed.q_bytes);
+        const Matrix own = copy_rows(c.dout.at(b, h + g), head.sq, c.d_v * size, size,
+                                     dout + g * packed.dout_bytes);
+        compute_statistics(c, kernels, statistics, b, h + g, 0, head.sq, own,
+                           {c.dq.data ? dq + g * packed.dq_bytes : nullptr, row, size});
+      }
+      if (packed.used) {
+        const index_t size = packed.size;
+        head.q = {q, c.d * size, size};
+        head.dout = {dout, c.d_v * size, size};
+        head.dq = {c.dq.data ? dq : nullptr, c.d * size, size};
+        head.q_head = packed.q_bytes;
+        head.dout_head = packed.dout_bytes;
+        head.dq_head = packed.dq_bytes;
+      }
+      for (index_t block = 0; block < blocks && !is_cancelled(loop); block++) {
+        head.next = block + 1 < blocks ? keys_at(b, kv, block + 1, false) : after;
+        if (block + 1 < blocks) head.next.q = head.q, head.next.dout = head.dout;
         kernels.backward(head, block, scratch);
+      }
+      for (index_t g = 0; g < group && packed.used && c.dq.data; g++)
+        kernels.round(dq + g * packed.dq_bytes, 1, c.dq.at(b, h + g), 0, head.sq, c.d);
       return;
     }
     const index_t block = local % blocks;
@@ -196,7 +283,11 @@ bool attention_backward(Call& c, Loop& loop) {
           left_out.empty() ? nullptr : left_out.data() + turns.first[std::size_t(b)]};
     kernels.backward(head, block, scratch);
   });
-  if (!done || !statistics.dq_data) return done;
+  if (!done) return false;
+  for (std::size_t h = 0; h < c.dsinks.size(); h++)
+    c.dsinks[h] = c.dtype == DType::float64 ? sink_gradient<double>(c, statistics, index_t(h))
+                                            : sink_gradient<float>(c, statistics, index_t(h));
+  if (!statistics.dq_data) return true;
   const double rest = c.scale == 0 ? 1 : c.scale / key_scale(c);
   return over_queries(c, threads, loop, [&](index_t b, index_t h, index_t begin, index_t end) {
     kernels.round(statistics.dq.at(b, h).data, rest, c.dq.at(b, h), begin, end, c.d);

@@ -82,11 +82,25 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-template <int MI, int NJ> FA_INLINE void multiply_tiles() {
+// Each takes 16 cycles; beside it `work` is called.
+struct Nothing {
+  FA_INLINE_MEMBER void operator()() {}
+};
+template <int MI, int NJ, class Work = Nothing> FA_INLINE void multiply_tiles(Work work = {}) {
   asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
-  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-  if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
-  if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+  work();
+  if (NJ == 2) {
+    asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+    work();
+  }
+  if (MI == 2) {
+    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+    work();
+  }
+  if (MI == 2 && NJ == 2) {
+    asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+    work();
+  }
 }
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");
@@ -116,9 +130,9 @@ template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
 // MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first, in an
 // order that follows X's pieces: those of a, or where SWAP those of b. So x y and y x have the
 // same bits.
-template <int PA, int PB, int MI, int NJ, bool SWAP = false, bool ADD = false>
+template <int PA, int PB, int MI, int NJ, bool SWAP = false, bool ADD = false, class Work = Nothing>
 FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
-                            index_t c_row) {
+                            index_t c_row, Work work = {}) {
   constexpr int PX = SWAP ? PB : PA, PY = SWAP ? PA : PB;
   if constexpr (ADD)
     load_sums<MI, NJ>(c, c_row);
@@ -135,13 +149,13 @@ FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, f
     const auto x = [&](int piece) __attribute__((always_inline)) { load_piece(!SWAP, piece); };
     const auto y = [&](int piece) __attribute__((always_inline)) { load_piece(SWAP, piece); };
     y(PX == 1 ? PY - 1 : 0);
-    if constexpr (PX == 3) x(2), multiply_tiles<MI, NJ>();
-    if constexpr (PX > 1) x(1), multiply_tiles<MI, NJ>();
-    if constexpr (PX > 1 && PY > 1) y(1), multiply_tiles<MI, NJ>();
-    x(0), multiply_tiles<MI, NJ>();
-    if constexpr (PX > 1 && PY == 3) y(2), multiply_tiles<MI, NJ>();
-    if constexpr (PX == 1 && PY == 3) y(1), multiply_tiles<MI, NJ>();
-    if constexpr (PY > 1) y(0), multiply_tiles<MI, NJ>();
+    if constexpr (PX == 3) x(2), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1) x(1), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1 && PY > 1) y(1), multiply_tiles<MI, NJ>(work);
+    x(0), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX > 1 && PY == 3) y(2), multiply_tiles<MI, NJ>(work);
+    if constexpr (PX == 1 && PY == 3) y(1), multiply_tiles<MI, NJ>(work);
+    if constexpr (PY > 1) y(0), multiply_tiles<MI, NJ>(work);
   }
   store_tiles<MI, NJ>(c, c_row);
 }
@@ -158,14 +172,14 @@ template <class F> FA_INLINE void in_tile_pairs(index_t m, index_t n, F&& f) {
     }
 }
 // c (m x n, rounded up to whole tiles) = a b, or where ADD c += a b.
-template <int PA, int PB, bool SWAP = false, bool ADD = false>
+template <int PA, int PB, bool SWAP = false, bool ADD = false, class Work = Nothing>
 FA_NOINLINE void multiply_operands(index_t m, index_t n, index_t depth, const Operand& a,
-                                   const Operand& b, float* c, index_t c_row) {
+                                   const Operand& b, float* c, index_t c_row, Work work = {}) {
   const index_t steps = (depth + DEPTH - 1) / DEPTH;
   in_tile_pairs(m, n, [&]<int MI, int NJ>(index_t i, index_t j) FA_TILE {
     const Operand at{a.data + i * a.row, a.row, a.piece}, bt{b.data + 4 * j, b.row, b.piece};
     float* ct = reinterpret_cast<float*>(reinterpret_cast<char*>(c + j) + i * c_row);
-    tile_product<PA, PB, MI, NJ, SWAP, ADD>(at, bt, steps, ct, c_row);
+    tile_product<PA, PB, MI, NJ, SWAP, ADD>(at, bt, steps, ct, c_row, work);
   });
 }
 

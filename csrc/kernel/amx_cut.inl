@@ -19,15 +19,6 @@ FA_INLINE Vec<float> pair_words(Vec<float> low, Vec<float> high) {
   return (Vec<float>)_mm512_ternarylogic_epi32((__m512i)high, _mm512_set1_epi32(-65536),
                                                (__m512i)((Words)low >> 16), high_and_mask_or_low);
 }
-// 16 numbers of a row from column c; 0 beyond the row. Native: the whole row can be loaded.
-template <class E>
-FA_INLINE Vec<float> numbers_at(const char* row, index_t col, index_t c, index_t cols,
-                                bool native) {
-  if (native && c + W<float> <= cols) return load_as<E>(row + c * col);
-  if (c >= cols) return Vec<float>{};
-  return gather_as<E>(row + c * col, col, int(min_index(W<float>, cols - c)));
-}
-
 // P and dS of 16-bit types: bfloat16 takes them rounded to one piece, float16 as they are.
 template <class E> inline constexpr int COMPUTED = PIECES<E> == 1 ? 1 : 3;
 
@@ -70,29 +61,34 @@ FA_INLINE void load_block(const Matrix& src, index_t r, index_t rows, index_t c,
     FA_UNROLL
     for (int i = 0; i < TILE; i++) x[i] = load_as<E>(p + i * src.row + c * src.col);
   } else {
-    for (int i = 0; i < TILE; i++)
-      x[i] = r + i < rows ? numbers_at<E>(p + i * src.row, src.col, c, cols, native) : Vec<float>{};
+    const int n = int(max_index(0, min_index(TILE, cols - c)));
+    for (int i = 0; i < TILE; i++) {
+      const char* at = p + i * src.row + c * src.col;
+      x[i] = r + i >= rows ? Vec<float>{}
+             : native      ? load_some<E>(at, n)
+                           : gather_as<E>(at, src.col, n);
+    }
   }
   if constexpr (TRANSPOSE) transpose_registers<float>(x);
 }
 
-FA_INLINE Words larger(Words a, Words b) {
-  return a > b ? a : b;
-}
-FA_INLINE Words magnitude(Vec<float> x) {
-  return (Words)x & 0x7fffffff;
-}
 inline constexpr uint32_t FIRST_ODD = 0x7f7f8000;  // numbers from here on cannot be cut
-FA_INLINE Vec<float> without_odd(Vec<float> x) {
-  return magnitude(x) >= FIRST_ODD ? Vec<float>{} : x;
+// What becomes of them: they are looked for, known to be absent, or replaced by 0.
+enum class Odd { sought, absent, replaced };
+template <Odd ODD> FA_INLINE Vec<float> look_for_odd(Vec<float> x, Words& largest) {
+  if constexpr (ODD == Odd::absent) return x;
+  const Words magnitude = (Words)x & 0x7fffffff;
+  if constexpr (ODD == Odd::replaced) return magnitude >= FIRST_ODD ? Vec<float>{} : x;
+  largest = (Words)_mm512_maskz_max_epu32(0xffff, (__m512i)largest, (__m512i)magnitude);
+  return x;
 }
 
 // dst = rows [r0, r0 + rows) of src, or their transpose, as an operand: as rows (the sum goes along
-// its rows) or as words (along its columns). CAREFUL: what cannot be cut is replaced by 0; without,
-// true says that there is such a number. `factor` is applied to float32 transposed to words.
-template <class E, bool TRANSPOSE, bool AS_ROWS, bool CAREFUL>
+// its rows) or as words (along its columns). True if a number was found that cannot be cut.
+// `factor` is applied to float32 transposed to words.
+template <class E, bool TRANSPOSE, bool AS_ROWS, Odd ODD>
 FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t cols,
-                            const Operand& dst, float factor) {
+                            const Operand& dst, float factor = 1) {
   constexpr bool along = TRANSPOSE != AS_ROWS;  // does the sum go along src's rows?
   constexpr int P = PIECES<E>;
   const bool native = is_native<E>(src);
@@ -100,28 +96,46 @@ FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t
   Words largest{};
   for (index_t r = 0; r < rows; r += along ? TILE : DEPTH)
     for (index_t c = 0; c < cols; c += along ? DEPTH : TILE) {
+      const index_t outer = along ? r : c, sum = along ? c : r;
+      const index_t r2 = r + (along ? 0 : TILE), c2 = c + (along ? TILE : 0);
+      char* at = dst.data + (AS_ROWS ? outer * dst.row + 2 * sum : sum / 2 * dst.row + 4 * outer);
+      const auto put = [&](int i, Vec<float> low, Vec<float> high) __attribute__((always_inline)) {
+        if (P == 3 && TRANSPOSE && !AS_ROWS) low *= splat(factor), high *= splat(factor);
+        low = look_for_odd<ODD>(low, largest);
+        high = look_for_odd<ODD>(high, largest);
+        store_words<P>(at + i * dst.row, dst.piece, cut_number<P>(low), cut_number<P>(high));
+      };
+      if (!TRANSPOSE && native && r2 + TILE <= rows && c2 + TILE <= cols) {
+        const char *p = from.data + r * from.row + c * from.col,
+                   *p2 = from.data + r2 * from.row + c2 * from.col;
+        FA_UNROLL
+        for (int i = 0; i < TILE; i++)
+          put(i, load_as<E>(p + i * from.row), load_as<E>(p2 + i * from.row));
+        continue;
+      }
       Vec<float> low[TILE], high[TILE];
       load_block<E, TRANSPOSE>(from, r, rows, c, cols, native, low);
-      load_block<E, TRANSPOSE>(from, r + (along ? 0 : TILE), rows, c + (along ? TILE : 0), cols,
-                               native, high);
-      const index_t outer = along ? r : c, sum = along ? c : r;
-      char* at = dst.data + (AS_ROWS ? outer * dst.row + 2 * sum : sum / 2 * dst.row + 4 * outer);
+      load_block<E, TRANSPOSE>(from, r2, rows, c2, cols, native, high);
       FA_UNROLL
-      for (int i = 0; i < TILE; i++) {
-        if (P == 3 && TRANSPOSE && !AS_ROWS) low[i] *= splat(factor), high[i] *= splat(factor);
-        if (CAREFUL) low[i] = without_odd(low[i]), high[i] = without_odd(high[i]);
-        largest = larger(largest, larger(magnitude(low[i]), magnitude(high[i])));
-        store_words<P>(at + i * dst.row, dst.piece, cut_number<P>(low[i]), cut_number<P>(high[i]));
-      }
+      for (int i = 0; i < TILE; i++) put(i, low[i], high[i]);
     }
   return any_lane((IntVec<float>)(largest >= FIRST_ODD));
 }
 template <class E, bool TRANSPOSE, bool AS_ROWS>
 FA_INLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t cols,
                           const Operand& dst, float factor = 1) {
-  const bool odd = cut_matrix<E, TRANSPOSE, AS_ROWS, false>(src, r0, rows, cols, dst, factor);
-  if (odd) cut_matrix<E, TRANSPOSE, AS_ROWS, true>(src, r0, rows, cols, dst, factor);
+  const bool odd = cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::sought>(src, r0, rows, cols, dst, factor);
+  if (odd) cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::replaced>(src, r0, rows, cols, dst, factor);
   return odd;
+}
+// The same of a matrix that was cut before, when `odd` was found.
+template <class E, bool TRANSPOSE, bool AS_ROWS>
+FA_INLINE void cut_again(const Matrix& src, index_t r0, index_t rows, index_t cols,
+                         const Operand& dst, bool odd) {
+  if (odd)
+    cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::replaced>(src, r0, rows, cols, dst);
+  else
+    cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::absent>(src, r0, rows, cols, dst);
 }
 
 // ---- what cannot be cut, by hand ----

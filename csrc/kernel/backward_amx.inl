@@ -13,16 +13,20 @@
 // piece, a sixth of them for cutting; 10700 with three. There a tile product takes 27 cycles, as 48
 // KiB of operands come from the L2 cache for each cell, and a vector of P and dS 28, as theirs go
 // there. Running tile products between the vectors hides little (3 %): beside tiles they take twice
-// as long.
+// as long. What hides behind products is fetching: of a head of 128 queries and keys, that was half
+// the time.
 
 template <class E>
 FA_INLINE void cut_queries(BackwardAmx& b, const BackwardHead& h, const Matrix& q,
                            const Matrix& dout) {
   const bool odd_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
+  if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, odd_q);
   bool odd_dout = false;
-  if (h.dk.data) cut_matrix<E, true, true>(q, b.q0, b.nq, b.d, b.q_t);
   if (b.need_ds) odd_dout = cut_matrix<E, false, true>(dout, b.q0, b.nq, b.d_v, b.dout);
-  if (h.dv.data) odd_dout |= cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
+  if (h.dv.data && b.need_ds)
+    cut_again<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t, odd_dout);
+  else if (h.dv.data)
+    odd_dout = cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
   __builtin_memset(b.odd_q, 0, sizeof(b.odd_q));
   __builtin_memset(b.odd_dout, 0, sizeof(b.odd_dout));
   if (odd_q) find_odd_rows<E>(q, b.q0, b.nq, b.d, b.odd_q);
@@ -33,148 +37,17 @@ template <class E> FA_INLINE void cut_keys(BackwardAmx& b, const BackwardHead& h
   bool odd_k = false, odd_v = false;
   for (index_t c = 0; c * CELL < b.nk; c++) {
     const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
+    const index_t then = first + n, end = min_index(then + CELL, b.k0 + b.nk);
+    fetch_crowded_rows(h.k, then, end, b.d * index_t(sizeof(E)));
+    fetch_crowded_rows(h.v, then, end, b.d_v * index_t(sizeof(E)));
     odd_k |= cut_matrix<E, true, false>(h.k, first, n, b.d, b.k[c]);
     if (b.need_ds) odd_v |= cut_matrix<E, true, false>(h.v, first, n, b.d_v, b.v[c]);
   }
-  if (h.dq.data) cut_matrix<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs);
+  if (h.dq.data) cut_again<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs, odd_k);
   __builtin_memset(b.odd_k, 0, sizeof(b.odd_k));
   __builtin_memset(b.odd_v, 0, sizeof(b.odd_v));
   if (odd_k) find_odd_rows<E>(h.k, b.k0, b.nk, b.d, b.odd_k);
   if (odd_v) find_odd_rows<E>(h.v, b.k0, b.nk, b.d_v, b.odd_v);
-}
-
-// to[r][0:cols] += sum[r][0:cols] * factor
-FA_NOINLINE void add_rows(float* to, index_t to_row, const float* sum, index_t sum_row,
-                          index_t rows, index_t cols, float factor) {
-  const Vec<float> f = splat(factor);
-  for (index_t r = 0; r < rows; r++, to += to_row, sum += sum_row) {
-    index_t c = 0;
-    for (; c + W<float> <= cols; c += W<float>)
-      store(to + c, fma<float>(load(sum + c), f, load(to + c)));
-    if (c < cols) {
-      const int n = int(cols - c);
-      store_n(to + c, fma<float>(load_n(sum + c, n), f, load_n(to + c, n)), n);
-    }
-  }
-}
-
-// Tiles 0 to 3 = MI x 2 tiles of c, with rows of CELL.
-template <int MI> FA_INLINE void load_sums(const float* c) {
-  const index_t row = 4 * CELL;
-  asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(c), "r"(row) : "memory");
-  asm volatile("tileloadd (%0,%1,1), %%tmm1" ::"r"(c + TILE), "r"(row) : "memory");
-  c += TILE * CELL;
-  if (MI == 2) asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(c), "r"(row) : "memory");
-  if (MI == 2) asm volatile("tileloadd (%0,%1,1), %%tmm3" ::"r"(c + TILE), "r"(row) : "memory");
-}
-// c += a b, one piece each: MI x 2 tiles.
-template <int MI>
-FA_INLINE void add_tile_product(const Operand& a, const Operand& b, index_t steps, float* c) {
-  load_sums<MI>(c);
-  for (index_t s = 0; s < steps; s++) {
-    load_rows_tiles<MI>(a.data + s * 2 * DEPTH, a.row);
-    load_words_tiles<2>(b.data + s * DEPTH / 2 * b.row, b.row);
-    multiply_tiles<MI, 2>();
-  }
-  store_tiles<MI, 2>(c, 4 * CELL);
-}
-
-// gradient (n, CELL) += rows p over the queries of cells [first, last): rows (n, queries), p words.
-// Of one piece the sums go on in the tiles; of several, the block's sum comes first and joins then,
-// with fewer roundings.
-template <class E>
-FA_INLINE void add_column(const BackwardAmx& b, const Operand& rows, const Operand& p, int first,
-                          int last, index_t n, float* gradient) {
-  const Operand a{rows.data + first * 2 * CELL, rows.row, rows.piece},
-      w{p.data + first * CELL / 2 * p.row, p.row, p.piece};
-  if constexpr (COMPUTED<E> == 1) {
-    for (index_t i = 0; i < n; i += CELL) {
-      const Operand at{a.data + i * a.row, a.row, a.piece};
-      if (n - i > TILE)
-        add_tile_product<2>(at, w, last - first, gradient + i * CELL);
-      else
-        add_tile_product<1>(at, w, last - first, gradient + i * CELL);
-    }
-  } else {
-    multiply_operands<PIECES<E>, COMPUTED<E>>(n, CELL, (last - first) * CELL, a, w, b.sum,
-                                              4 * CELL);
-    add_rows(gradient, CELL, b.sum, CELL, n, CELL, 1.0f);
-  }
-}
-
-// P and dS of one cell as operands; what odd numbers in it give to the gradients.
-template <class E>
-FA_INLINE void backward_cell(const BackwardAmx& b, const BackwardHead& h, const Rules& rules,
-                             const Matrix& q, const Matrix& dout, int r, int c) {
-  constexpr int P = PIECES<E>;
-  const auto strip = [&](const Operand& rows) __attribute__((always_inline)) {
-    return Operand{rows.data + r * CELL * rows.row, rows.row, rows.piece};
-  };
-  tile_product<P, P, 2, 2>(strip(b.q), b.k[c], up_to(b.d, DEPTH) / DEPTH, b.s, 4 * CELL);
-  if (b.need_ds)
-    tile_product<P, P, 2, 2>(strip(b.dout), b.v[c], up_to(b.d_v, DEPTH) / DEPTH, b.dp, 4 * CELL);
-  if (b.sight[r][c] == Sight::all) {
-    if (b.need_ds)
-      cut_cell<E, true, true>(b, rules, r, c);
-    else
-      cut_cell<E, true, false>(b, rules, r, c);
-    return;
-  }
-  const index_t first = b.q0 + r * CELL, key = b.k0 + c * CELL;
-  dense_cell<E>(b, rules, r, c);
-  if (b.odd_q[r] | b.odd_k[c])
-    repair_scores<E>(b, b.s, q, first, b.odd_q[r], h.k, key, b.odd_k[c], b.d);
-  if (b.need_ds && (b.odd_dout[r] | b.odd_v[c]))
-    repair_scores<E>(b, b.dp, dout, first, b.odd_dout[r], h.v, key, b.odd_v[c], b.d_v);
-  apply_rules(b, rules, r);
-  if (b.need_ds)
-    cut_cell<E, false, true>(b, rules, r, c);
-  else
-    cut_cell<E, false, false>(b, rules, r, c);
-  if (h.dv.data && b.odd_dout[r])
-    repair_keys<E>(b, b.s, dout, first, b.odd_dout[r], b.d_v, dv_of(b, c));
-  if (h.dk.data && b.odd_q[r]) repair_keys<E>(b, b.bent, q, first, b.odd_q[r], b.d, dk_of(b, c));
-  if (h.dq.data && b.odd_k[c])
-    repair_queries<E>(b, b.bent, h.k, key, b.odd_k[c], b.d, b.odd_dq + r * CELL * b.d);
-}
-
-// P and dS of all cells; what they give to dk and dv.
-template <class E>
-FA_INLINE void backward_columns(const BackwardAmx& b, const BackwardHead& h, const Rules& rules,
-                                const Matrix& q, const Matrix& dout, const Interval* seen) {
-  for (int c = 0; c * CELL < b.nk; c++) {
-    int first = CELL_ROWS, last = 0;
-    for (int r = 0; r * CELL < b.nq; r++)
-      if (b.sight[r][c] != Sight::none) first = r < first ? r : first, last = r + 1;
-    for (int r = 0; r * CELL < b.nq; r++)
-      if (b.sight[r][c] != Sight::none)
-        backward_cell<E>(b, h, rules, q, dout, r, c);
-      else if (b.ds_all || (r >= first && r < last) || (c >= seen[r].low && c < seen[r].high))
-        clear_cell(b, COMPUTED<E>, r, c);
-    if (first >= last) continue;
-    if (h.dv.data) add_column<E>(b, b.dout_t, b.p, first, last, b.d_v, dv_of(b, c));
-    if (h.dk.data) add_column<E>(b, b.q_t, b.ds, first, last, b.d, dk_of(b, c));
-  }
-}
-
-template <class E>
-FA_INLINE void add_queries(const BackwardAmx& b, const BackwardHead& h, index_t g,
-                           const Interval* seen, bool odd) {
-  const index_t row = h.dq.row / index_t(sizeof(float)), ld = up_to(b.d, DEPTH);
-  float* dq = reinterpret_cast<float*>(h.dq.data + g * h.dq_head + b.q0 * h.dq.row);
-  for (int r = 0; r * CELL < b.nq; r++) {
-    const Interval columns = seen[r];
-    if (columns.low >= columns.high) continue;
-    const Operand &s = b.ds_rows, &k = b.k_pairs;
-    const Operand rows{s.data + r * CELL * s.row + columns.low * 2 * CELL, s.row, s.piece},
-        words{k.data + columns.low * (CELL / 2) * k.row, k.row, k.piece};
-    multiply_operands<COMPUTED<E>, PIECES<E>>(CELL, b.d, (columns.high - columns.low) * CELL, rows,
-                                              words, b.sum, 4 * ld);
-    const index_t n = min_index(CELL, b.nq - r * CELL);
-    add_rows(dq + r * CELL * row, row, b.sum, ld, n, b.d, float(h.scale));
-    if (odd)
-      add_rows(dq + r * CELL * row, row, b.odd_dq + r * CELL * b.d, b.d, n, b.d, float(h.scale));
-  }
 }
 
 // dbias += dS, at `to`.
@@ -183,6 +56,61 @@ FA_NOINLINE void add_bias(const BackwardAmx& b, const Matrix& to) {
     for (index_t k = 0; k < b.nk; k++)
       *reinterpret_cast<float*>(to.data + q * to.row + k * to.col) +=
           b.ds_all[q * BACK_KEYS_AMX + k];
+}
+
+// Has the fetcher fetch what comes after this block of queries: the next one, or what becomes of
+// this block of keys and then the next one.
+template <class E> FA_NOINLINE void fetch_next(const BackwardHead& h, BackwardAmx& b, index_t g) {
+  Fetcher& f = b.fetcher;
+  clear_fetcher(f);
+  const index_t size = sizeof(E), q_bytes = b.d * size, v_bytes = b.d_v * size;
+  const auto at_head = [&](Matrix m, index_t bytes) {
+    if (m.data) m.data += g * bytes;
+    return m;
+  };
+  const auto fetch_dense = [&](const Matrix& mask, const Matrix& bias, index_t begin, index_t end,
+                               index_t key, index_t keys) {
+    if (mask.col == 1) fetch_rows(f, {mask.data + key, mask.row, 1}, begin, end, keys);
+    if (bias.col == size)
+      fetch_rows(f, {bias.data + key * size, bias.row, size}, begin, end, keys * size);
+  };
+  index_t q0 = b.q0 + BACK_QUERIES_AMX;
+  for (; g < h.group; g++, q0 = 0)
+    for (; q0 < h.sq; q0 += BACK_QUERIES_AMX) {
+      const Interval keys = h.visible[q0 / BACK_QUERIES_AMX];
+      if (keys.low >= b.k0 + b.nk || keys.high <= b.k0) continue;
+      const index_t end = min_index(q0 + BACK_QUERIES_AMX, h.sq);
+      fetch_rows(f, at_head(h.dq, h.dq_head), q0, end, b.d * index_t(sizeof(float)));
+      fetch_dense(at_head(h.rules.mask, h.mask_head), at_head(h.rules.bias, h.bias_head), q0, end,
+                  b.k0, b.nk);
+      fetch_rows(f, at_head(h.dout, h.dout_head), q0, end, v_bytes);
+      fetch_rows(f, at_head(h.q, h.q_head), q0, end, q_bytes);
+      return;
+    }
+  const NextKeys& next = h.next;
+  const index_t first = min_index(next.sq, BACK_QUERIES_AMX), all = min_index(next.sq, 512);
+  fetch_dense(next.mask, next.bias, 0, first, next.begin, next.end - next.begin);
+  if (next.out.data) fetch_rows(f, next.dout, first, all, v_bytes);
+  fetch_rows(f, next.out, 0, all, v_bytes);
+  fetch_rows(f, next.dout, 0, first, v_bytes);
+  fetch_rows(f, next.q, 0, first, q_bytes);
+  fetch_rows(f, next.v, next.begin, next.end, v_bytes);
+  fetch_rows(f, next.k, next.begin, next.end, q_bytes);
+  fetch_rows(f, h.dv, b.k0, b.k0 + b.nk, v_bytes);
+  fetch_rows(f, h.dk, b.k0, b.k0 + b.nk, q_bytes);
+}
+
+// Products of tiles in a block of queries, about.
+template <class E> FA_INLINE index_t products_of(const BackwardAmx& b) {
+  const index_t d = up_to(b.d, DEPTH) / DEPTH, d_v = up_to(b.d_v, DEPTH) / DEPTH;
+  const index_t q_tiles = up_to(b.nq, TILE) / TILE, k_tiles = up_to(b.nk, TILE) / TILE,
+                q_cells = up_to(b.nq, CELL) / CELL, k_cells = up_to(b.nk, CELL) / CELL;
+  index_t cells = 0;
+  for (const Runs& rows : b.rows)
+    for (int i = 0; i < rows.count; i++) cells += rows.run[i].last - rows.run[i].first;
+  const index_t all = (d + d_v) * k_tiles * (q_tiles + 2 * q_cells) + 2 * d * q_tiles * k_cells;
+  constexpr int P = PIECES<E>, each = P == 3 ? 6 : P * P;
+  return each * all * cells / (q_cells * k_cells);
 }
 
 // One block of queries [q0, q0 + nq) of query head g.
@@ -208,13 +136,11 @@ FA_NOINLINE void backward_queries(const BackwardHead& h, BackwardAmx& b, index_t
       bool odd = false;
       for (const uint32_t bits : b.odd_k) odd |= bits != 0;
       if (odd) __builtin_memset(b.odd_dq, 0, size_t(BACK_QUERIES_AMX * b.d) * sizeof(float));
-      Interval seen[CELL_ROWS] = {};  // columns that a row of cells sees
-      for (int r = 0; r * CELL < b.nq; r++)
-        for (int c = 0; c * CELL < b.nk; c++)
-          if (b.sight[r][c] != Sight::none) seen[r] = {seen[r].high ? seen[r].low : c, c + 1};
-      backward_columns<E>(b, h, rules, q, dout, seen);
+      fetch_next<E>(h, b, g);
+      start_fetching(b.fetcher, products_of<E>(b));
+      backward_columns<E>(b, h, rules, q, dout);
       wait(h, dq_turn);
-      if (h.dq.data) add_queries<E>(b, h, g, seen, odd);
+      if (h.dq.data) add_queries<E>(b, h, g, odd);
       if (h.dbias.data && bias_per_key) {
         add_bias(b, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(float))});
       } else if (h.dbias.data) {
@@ -265,7 +191,6 @@ template <class E> FA_INLINE char* lay_out(const BackwardHead& h, char* scratch,
   b.s = carve<float>(scratch, cell);
   scratch += 1088;  // or dP's stores would look like what S's loads wait for
   b.dp = carve<float>(scratch, cell);
-  b.dense = carve<float>(scratch, cell);
   b.bent = carve<float>(scratch, cell);
   b.keep = carve<float>(scratch, cell);
   b.sum = carve<float>(scratch, CELL * up_to(max_index(b.d, b.d_v), DEPTH));
@@ -290,9 +215,9 @@ static void backward_amx(const BackwardHead& h, index_t key_block, void* scratch
   b.nk = min_index(BACK_KEYS_AMX, h.sk - b.k0);
   b.factor = float(logit_factors<float>(h.scale, h.rules).before);
   b.need_ds = h.dq.data || h.dk.data || h.dbias.data;
-  __builtin_memset(b.dk, 0, size_t(up_to(b.nk, CELL) * up_to(b.d, TILE)) * sizeof(float));
-  __builtin_memset(b.dv, 0, size_t(up_to(b.nk, CELL) * up_to(b.d_v, TILE)) * sizeof(float));
+  for (bool& begun : b.begun) begun = false;
   __builtin_memset(b.dbias, 0, BACK_KEYS_AMX * sizeof(float));
+  clear_fetcher(b.fetcher);
   cut_keys<E>(b, h);
   const Tiles tiles;
   for (index_t g = 0; g < h.group; g++) {
@@ -307,6 +232,10 @@ static void backward_amx(const BackwardHead& h, index_t key_block, void* scratch
     dk_scale[i] = float(h.scale), dv_scale[i] = float(h.rules.dropout.scale);
   for (index_t c = 0; c * CELL < b.nk; c++) {
     const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
+    const index_t then = first + n, end = min_index(then + CELL, b.k0 + b.nk);
+    fetch_crowded_rows(h.dk, then, end, b.d * index_t(sizeof(E)));
+    fetch_crowded_rows(h.dv, then, end, b.d_v * index_t(sizeof(E)));
+    begin_column(b, int(c));
     if (h.dk.data) unpack_transposed<E>(dk_of(b, c), CELL, dk_scale, h.dk, first, n, b.d);
     if (h.dv.data) unpack_transposed<E>(dv_of(b, c), CELL, dv_scale, h.dv, first, n, b.d_v);
   }

@@ -1,10 +1,23 @@
-// What the backward pass on tiles does with one cell, CELL queries by CELL keys: which rules apply
-// to it, P and dS from S and dP, and their cutting into operands.
+// What the backward pass on tiles does with one cell, CELL queries by CELL keys: which of its pairs
+// are allowed, P and dS from S and dP by every rule, and their cutting into operands.
 
 inline constexpr index_t CELL = 32, BACK_KEYS_AMX = 256, BACK_QUERIES_AMX = 128;
 inline constexpr int CELL_ROWS = BACK_QUERIES_AMX / CELL, CELL_COLUMNS = BACK_KEYS_AMX / CELL;
 
-enum class Sight { none, some, all };  // of a cell's pairs; all: and no rule changes a logit
+enum class Sight { none, some, all };  // of a cell's pairs
+
+// Cells [first, last) of a row or column that see something, one run after the other.
+struct Runs {
+  int count;
+  struct {
+    int first, last;
+  } run[CELL_COLUMNS / 2];
+};
+FA_INLINE void add_to_runs(Runs& runs, int cell) {
+  if (runs.count == 0 || runs.run[runs.count - 1].last < cell)
+    runs.run[runs.count++] = {cell, cell};
+  runs.run[runs.count - 1].last = cell + 1;
+}
 
 struct BackwardAmx {
   index_t k0, nk, d, d_v;
@@ -16,18 +29,22 @@ struct BackwardAmx {
   Operand q_t, dout_t;                       // rows (d, BACK_QUERIES_AMX)
   Operand p, ds;                             // words (BACK_QUERIES_AMX / 2, CELL), of one column
   Operand ds_rows;                           // rows (BACK_QUERIES_AMX, BACK_KEYS_AMX)
-  float *s, *dp;               // (CELL, CELL): S and dP, which become P and dS where rules apply
-  float *dense, *bent, *keep;  // (CELL, CELL): as in BackwardBlock
-  float* sum;                  // of one product, before it joins others
-  float *dk, *dv;              // (CELL_COLUMNS, d rounded up to TILE, CELL)
-  float *ds_all, *dbias;       // (BACK_QUERIES_AMX, BACK_KEYS_AMX), (BACK_KEYS_AMX), for dbias
+  float *s, *dp;                             // (CELL, CELL): S and dP
+  float *bent, *keep;        // (CELL, CELL): dS times the slope of the softcap, dropout's 0 or 1
+  float* sum;                // of one product, before it joins others
+  float *dk, *dv;            // (CELL_COLUMNS, d rounded up to TILE, CELL)
+  bool begun[CELL_COLUMNS];  // is there something in them?
+  float *ds_all, *dbias;     // (BACK_QUERIES_AMX, BACK_KEYS_AMX), (BACK_KEYS_AMX), for dbias
   // Rows with a number that cannot be cut, one bit each, and what these give to dq, (queries, d)
   uint32_t odd_k[CELL_COLUMNS], odd_v[CELL_COLUMNS], odd_q[CELL_ROWS], odd_dout[CELL_ROWS];
   float* odd_dq;
+  Fetcher fetcher;
   // Of the block of queries at hand
   index_t q0, nq;
   const float *lse2, *delta;
   Sight sight[CELL_ROWS][CELL_COLUMNS];
+  uint32_t allowed[CELL_ROWS][CELL_COLUMNS][CELL];  // pairs: a word a query, a bit a key
+  Runs rows[CELL_COLUMNS], columns[CELL_ROWS];      // that see something
 };
 
 // Of column c.
@@ -44,12 +61,68 @@ FA_INLINE Vec<float> statistic(float x) {
   return splat(x == x ? x : __builtin_nanf(""));
 }
 
-// ---- rules ----
+// ---- which pairs are allowed ----
+
+// Bits [low, high) of a word, as far as there are such.
+FA_INLINE uint32_t bit_range(index_t low, index_t high) {
+  low = max_index(low, 0);
+  high = min_index(high, CELL);
+  return low < high ? uint32_t((uint64_t(1) << high) - (uint64_t(1) << low)) : 0;
+}
+// Of the keys [k, k + n), what the mask allows a query.
+FA_INLINE uint32_t mask_bits(const Matrix& mask, index_t q, index_t k, index_t n) {
+  const char* p = mask.data + q * mask.row + k * mask.col;
+  if (mask.col == 1) {
+    const __m256i x = _mm256_maskz_loadu_epi8(bit_range(0, n), p);
+    return _mm256_test_epi8_mask(x, x);
+  }
+  if (mask.col == 0) return *p ? bit_range(0, n) : 0;
+  uint32_t bits = 0;
+  for (index_t i = 0; i < n; i++) bits |= uint32_t(p[i * mask.col] != 0) << i;
+  return bits;
+}
+FA_INLINE uint32_t segment_bits(const Segments& segments, index_t q, index_t k, index_t n) {
+  uint32_t bits = 0;
+  for (index_t i = 0; i < n; i++)
+    bits |= uint32_t(segments.k_number[k + i] == segments.q_number[q]) << i;
+  return bits;
+}
+
+// What cell (r, c) sees; `inside`: the intervals of all its queries hold all of its keys.
+FA_NOINLINE Sight look_at_cell(BackwardAmx& b, const Rules& rules, int r, int c, bool inside) {
+  const index_t key = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
+  uint32_t* allowed = b.allowed[r][c];
+  if (inside && n == CELL && r * CELL + CELL <= b.nq && !rules.mask.data &&
+      !rules.segments.q_number) {
+    __builtin_memset(allowed, 0xff, CELL * sizeof(uint32_t));
+    return Sight::all;
+  }
+  uint32_t any = 0, all = ~0u;
+  for (index_t i = 0; i < CELL; i++) {
+    uint32_t bits = 0;
+    if (r * CELL + i < b.nq) {
+      const index_t q = b.q0 + r * CELL + i;
+      bits = bit_range(0, n);
+      if (!inside) {
+        const Interval keys = visible_keys(rules, q);
+        bits &= bit_range(keys.low - key, keys.high - key);
+      }
+      if (rules.mask.data) bits &= mask_bits(rules.mask, q, key, n);
+      if (rules.segments.q_number) bits &= segment_bits(rules.segments, q, key, n);
+    }
+    allowed[i] = bits;
+    any |= bits;
+    all &= bits;
+  }
+  return !any ? Sight::none : all == ~0u ? Sight::all : Sight::some;
+}
 
 // What each cell of a block of queries sees. False if none sees anything.
 FA_NOINLINE bool look(BackwardAmx& b, const Rules& rules) {
   const index_t k_end = b.k0 + b.nk;
   bool any = false;
+  for (Runs& rows : b.rows) rows.count = 0;
+  for (Runs& columns : b.columns) columns.count = 0;
   for (int r = 0; r * CELL < b.nq; r++) {
     const index_t begin = b.q0 + r * CELL, end = min_index(begin + CELL, b.q0 + b.nq);
     const Span span = visible_span(rules, begin, end, k_end);
@@ -57,110 +130,122 @@ FA_NOINLINE bool look(BackwardAmx& b, const Rules& rules) {
       const index_t low = b.k0 + c * CELL, high = min_index(low + CELL, k_end);
       Sight& sight = b.sight[r][c];
       sight = Sight::none;
-      if (span.any.low >= high || span.any.high <= low) continue;
-      Cover cover = Cover::all;
-      if (rules.mask.data) cover = mask_cover(rules.mask, begin, end - begin, low, high - low);
-      if (cover == Cover::none) continue;
-      const bool whole =
-          end - begin == CELL && high - low == CELL && span.all.low <= low && span.all.high >= high;
-      const bool odd = b.odd_q[r] | b.odd_dout[r] | b.odd_k[c] | b.odd_v[c];
-      const bool plain = whole && !odd && !has_dense(rules, cover == Cover::some) &&
-                         rules.softcap <= 0 && !rules.dropout.threshold;
-      sight = plain ? Sight::all : Sight::some;
+      if (span.any.low < high && span.any.high > low)
+        sight = look_at_cell(b, rules, r, c, span.all.low <= low && span.all.high >= high);
+      if (sight == Sight::none) continue;
       any = true;
+      add_to_runs(b.rows[c], r);
+      add_to_runs(b.columns[r], c);
     }
   }
   return any;
 }
 
-// The dense part of a cell: what is added to its logits, -inf where a pair is masked or beyond the
-// last query or key.
-template <class E>
-FA_NOINLINE void dense_cell(const BackwardAmx& b, const Rules& rules, int r, int c) {
-  const index_t k0 = b.k0 + c * CELL, nk = min_index(CELL, b.nk - c * CELL);
-  const bool use_mask = rules.mask.data != nullptr, dense = has_dense(rules, use_mask);
-  for (index_t i = 0; i < CELL; i++) {
-    const index_t q = b.q0 + r * CELL + i;
-    float* row = b.dense + i * CELL;
-    Interval keys{0, 0};
-    if (q < b.q0 + b.nq) {
-      keys = visible_keys(rules, q);
-      if (dense)
-        dense_rows<E>(rules, use_mask, false, q, q + 1, k0, nk, row, CELL);
-      else
-        __builtin_memset(row, 0, CELL * sizeof(float));
-      if (rules.dropout.threshold) keep_row<float>(rules.dropout, q, k0, CELL, b.keep + i * CELL);
-    }
-    for (index_t j = 0; j < CELL; j++)
-      row[j] = j < nk && k0 + j >= keys.low && k0 + j < keys.high ? row[j] : -Bits<float>::infinity;
-  }
+// ---- P and dS ----
+
+// What has to be done for a cell: no pair is forbidden, no rule changes a logit; no rule does; a
+// softcap, or a bias or ALiBi, is the only one; any of them, dropout, or there is an odd number.
+enum class Kind { all, some, bent, added, ruled };
+FA_INLINE Kind kind_of(const Rules& rules) {
+  const bool bent = rules.softcap > 0, added = rules.bias.data || rules.alibi_slope != 0;
+  if (rules.dropout.threshold || (bent && added)) return Kind::ruled;
+  return bent ? Kind::bent : added ? Kind::added : Kind::some;
 }
 
-// P and dS in the places of S and dP, by every rule; `bent` is dS times the slope of the softcap.
-FA_NOINLINE void apply_rules(const BackwardAmx& b, const Rules& rules, int r) {
+// P and dS of W pairs; dS times the slope of the softcap.
+struct PairGradients {
+  Vec<float> p, ds, bent;
+};
+// What the rules need to know.
+struct CellRules {
+  const Rules& rules;
+  bool bends, drops, slanted, biased, native_bias;
+  Vec<float> factor, cap, kept, slope;
+};
+template <class E, Kind KIND>
+FA_INLINE CellRules cell_rules(const BackwardAmx& b, const Rules& rules) {
+  constexpr bool any = KIND == Kind::ruled, added = any || KIND == Kind::added;
+  return {rules,
+          KIND == Kind::bent || (any && rules.softcap > 0),
+          any && rules.dropout.threshold,
+          added && rules.alibi_slope != 0,
+          added && rules.bias.data,
+          is_native_bias<E>(rules.bias),
+          splat(b.factor),
+          splat(float(rules.softcap) * LOG2E_F),
+          splat(float(rules.dropout.scale)),
+          splat(float(-rules.alibi_slope * LOG2E))};
+}
+FA_INLINE Vec<float> only(uint32_t pairs, Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_mov_ps(__mmask16(pairs), (__m512)x);
+}
+
+// Of query q and the keys from k on, n of which exist. keep: dropout's 0 or 1.
+template <class E, Kind KIND>
+FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<float> dp,
+                                       Vec<float> l, Vec<float> dl, uint32_t pairs, index_t q,
+                                       index_t k, index_t n, const float* keep) {
   using T = float;
-  const Vec<T> zero{}, one = splat(1.0f), cap = splat(T(rules.softcap) * LOG2E_F),
-                       kept = splat(T(rules.dropout.scale)), factor = splat(b.factor);
-  const bool bends = rules.softcap > 0, drops = rules.dropout.threshold;
-  for (index_t i = 0; i < CELL; i++) {
-    const bool in = r * CELL + i < b.nq;
-    const Vec<T> l = statistic(in ? b.lse2[r * CELL + i] : 0.0f);
-    const Vec<T> dl = statistic(in ? b.delta[r * CELL + i] : 0.0f);
-    for (index_t at = i * CELL; at < (i + 1) * CELL; at += W<T>) {
-      const Vec<T> add = load(b.dense + at);
-      const IntVec<T> masked = add == splat(-Bits<T>::infinity);
-      Vec<T> s = load(b.s + at) * factor, slope = one;
-      if (bends) {
-        const Vec<T> t = tanh<T>(s);
-        slope = one - t * t;
-        s = cap * t;
-      }
-      Vec<T> p = probability<T>(s + add, l);
-      p = masked ? zero : p;
-      if (b.need_ds) {
-        Vec<T> dp = load(b.dp + at);
-        if (drops) dp *= load(b.keep + at) * kept;
-        Vec<T> ds = p * (dp - dl);
-        ds = masked ? zero : ds;
-        store(b.dp + at, ds);
-        ds *= slope;
-        store(b.bent + at, masked ? zero : ds);
-      }
-      store(b.s + at, drops && in ? p * load(b.keep + at) : p);
-    }
+  s *= x.factor;
+  Vec<T> slope{}, add{};
+  if (x.bends) {
+    const Vec<T> t = tanh<T>(s);
+    slope = splat(1.0f) - t * t;
+    s = x.cap * t;
   }
+  if (x.slanted) add = alibi<T>(x.slope, lane_numbers<T>(), splat(T(q + x.rules.q_offset - k)));
+  if (x.biased) {
+    const Matrix& m = x.rules.bias;
+    const char* p = m.data + q * m.row + k * m.col;
+    const Vec<T> bias = x.native_bias && n >= W<T>
+                            ? load_as<E>(p)
+                            : gather_as<E>(p, m.col, int(min_index(n, W<T>)));
+    add = add_bias<T>(bias, add);
+    pairs &= _mm512_cmp_ps_mask((__m512)bias, (__m512)splat(-Bits<T>::infinity), _CMP_NEQ_UQ);
+  }
+  if (x.slanted || x.biased) s += add;
+  PairGradients y;
+  y.p = probability<T>(s, l);
+  if (KIND != Kind::all) y.p = only(pairs, y.p);
+  if (x.drops) dp *= load(keep) * x.kept;
+  y.ds = y.p * (dp - dl);
+  if (KIND != Kind::all) y.ds = only(pairs, y.ds);
+  y.bent = x.bends ? only(pairs, y.ds * slope) : y.ds;
+  if (x.drops) y.p *= load(keep);
+  return y;
 }
 
-// ---- operands ----
-
-// The operands of a cell. PLAIN: s and dp hold S and dP of pairs that no rule touches.
-template <class E, bool PLAIN, bool NEED_DS>
-FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c) {
+// The operands of a cell. odd: P and dS are wanted in s and bent as well.
+template <class E, Kind KIND, bool NEED_DS>
+FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c, bool odd) {
   using T = float;
   constexpr int P = COMPUTED<E>;
-  const Vec<T> factor = splat(b.factor);
-  const float* grads = PLAIN || rules.softcap <= 0 ? b.dp : b.bent;
+  const CellRules x = cell_rules<E, KIND>(b, rules);
+  const uint32_t* allowed = b.allowed[r][c];
   for (index_t i = 0; i < CELL / 2; i++) {
-    Cut<P> p[2][2], ds[2][2];  // of queries i and i + 16, two vectors of keys
+    Cut<P> p[2][2] = {}, ds[2][2] = {};  // of queries i and i + 16, two vectors of keys
     FA_UNROLL
-    for (int x = 0; x < 2; x++) {
-      const index_t in_cell = i + x * CELL / 2, q = r * CELL + in_cell;
-      const Vec<T> l = PLAIN ? statistic(b.lse2[q]) : Vec<T>{};
-      const Vec<T> dl = PLAIN && NEED_DS ? statistic(b.delta[q]) : Vec<T>{};
+    for (int h = 0; h < 2; h++) {
+      const index_t in_cell = i + h * CELL / 2, q = r * CELL + in_cell;
+      const uint32_t pairs = KIND == Kind::all ? ~0u : allowed[in_cell];
+      const Vec<T> l = pairs ? statistic(b.lse2[q]) : Vec<T>{};
+      const Vec<T> dl = NEED_DS && pairs ? statistic(b.delta[q]) : Vec<T>{};
       FA_UNROLL
       for (int y = 0; y < 2; y++) {
-        const index_t at = in_cell * CELL + y * W<T>;
-        Vec<T> prob = load(b.s + at), grad = NEED_DS ? load(grads + at) : Vec<T>{};
-        if (PLAIN) prob = probability<T>(prob * factor, l);
-        if (PLAIN && NEED_DS) grad = prob * (grad - dl);
-        p[x][y] = cut_computed<P>(prob);
-        if (NEED_DS) ds[x][y] = cut_computed<P>(grad);
-        if (PLAIN && NEED_DS && b.ds_all)
-          store(b.ds_all + q * BACK_KEYS_AMX + c * CELL + y * W<T>, grad);
+        const uint32_t own = pairs >> y * W<T> & 0xffff;
+        const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
+        PairGradients g{};
+        if (KIND == Kind::all || own)
+          g = pair_gradients<E, KIND>(x, load(b.s + at), NEED_DS ? load(b.dp + at) : Vec<T>{}, l,
+                                      dl, own, b.q0 + q, b.k0 + key, b.nk - key, b.keep + at);
+        if (KIND == Kind::ruled && odd) store(b.s + at, g.p), store(b.bent + at, g.bent);
+        p[h][y] = cut_computed<P>(g.p);
+        if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
+        if (NEED_DS && b.ds_all) store(b.ds_all + q * BACK_KEYS_AMX + key, g.ds);
       }
       if (NEED_DS)
-        store_words<P>(b.ds_rows.data + q * b.ds_rows.row + c * 2 * CELL, b.ds_rows.piece, ds[x][0],
-                       ds[x][1]);
+        store_words<P>(b.ds_rows.data + q * b.ds_rows.row + c * 2 * CELL, b.ds_rows.piece, ds[h][0],
+                       ds[h][1]);
     }
     FA_UNROLL
     for (int y = 0; y < 2; y++) {
@@ -169,23 +254,23 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
       if (NEED_DS) store_words<P>(b.ds.data + at, b.ds.piece, ds[0][y], ds[1][y]);
     }
   }
-  if (!PLAIN && NEED_DS && b.ds_all)
-    for (index_t i = 0; i < CELL; i++)
-      __builtin_memcpy(b.ds_all + (r * CELL + i) * BACK_KEYS_AMX + c * CELL, b.dp + i * CELL,
-                       CELL * sizeof(T));
+}
+template <class E>
+FA_INLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c, Kind kind,
+                        bool odd) {
+  if (!b.need_ds) {  // rarely
+    if (kind == Kind::all) return cut_cell<E, Kind::all, false>(b, rules, r, c, odd);
+    return cut_cell<E, Kind::ruled, false>(b, rules, r, c, odd);
+  }
+  if (kind == Kind::all) cut_cell<E, Kind::all, true>(b, rules, r, c, odd);
+  if (kind == Kind::some) cut_cell<E, Kind::some, true>(b, rules, r, c, odd);
+  if (kind == Kind::bent) cut_cell<E, Kind::bent, true>(b, rules, r, c, odd);
+  if (kind == Kind::added) cut_cell<E, Kind::added, true>(b, rules, r, c, odd);
+  if (kind == Kind::ruled) cut_cell<E, Kind::ruled, true>(b, rules, r, c, odd);
 }
 
-// The operands of a cell that sees nothing, which lies between others that do.
-FA_NOINLINE void clear_cell(const BackwardAmx& b, int pieces, int r, int c) {
-  for (int n = 0; n < pieces; n++) {
-    const index_t at = r * CELL / 2 * b.p.row, bytes = CELL / 2 * b.p.row;
-    __builtin_memset(b.p.data + n * b.p.piece + at, 0, size_t(bytes));
-    __builtin_memset(b.ds.data + n * b.ds.piece + at, 0, size_t(bytes));
-    for (index_t i = 0; i < CELL; i++)
-      __builtin_memset(
-          b.ds_rows.data + n * b.ds_rows.piece + (r * CELL + i) * b.ds_rows.row + c * 2 * CELL, 0,
-          2 * CELL);
-  }
-  for (index_t i = 0; i < CELL && b.ds_all; i++)
+// Of a cell that sees nothing, for dbias.
+FA_NOINLINE void clear_cell(const BackwardAmx& b, int r, int c) {
+  for (index_t i = 0; i < CELL; i++)
     __builtin_memset(b.ds_all + (r * CELL + i) * BACK_KEYS_AMX + c * CELL, 0, CELL * sizeof(float));
 }

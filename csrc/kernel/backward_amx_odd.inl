@@ -13,15 +13,27 @@ FA_NOINLINE void find_odd_rows(const Matrix& m, index_t r0, index_t rows, index_
       }
 }
 
+// Takes pairs whose bias is -inf from the allowed ones of cell (r, c).
+template <class E>
+FA_NOINLINE void forbid_by_bias(BackwardAmx& b, const Matrix& bias, int r, int c) {
+  for (index_t i = 0; i < CELL; i++)
+    for (index_t j = 0; j < CELL; j++) {
+      uint32_t& allowed = b.allowed[r][c][i];
+      if ((allowed >> j & 1) &&
+          number_at<E>(bias, b.q0 + r * CELL + i, b.k0 + c * CELL + j) == -Bits<float>::infinity)
+        allowed &= ~(1u << j);
+    }
+}
+
 // scores (CELL x CELL) of allowed pairs with an odd row = a[r] . b[c], over n.
 template <class E>
-FA_NOINLINE void repair_scores(const BackwardAmx& b, float* scores, const Matrix& rows, index_t r0,
-                               uint32_t odd_rows, const Matrix& columns, index_t c0,
+FA_NOINLINE void repair_scores(const uint32_t* allowed, float* scores, const Matrix& rows,
+                               index_t r0, uint32_t odd_rows, const Matrix& columns, index_t c0,
                                uint32_t odd_columns, index_t n) {
   for (index_t i = 0; i < CELL; i++)
     for (index_t j = 0; j < CELL; j++) {
       const bool odd = (odd_rows >> i | odd_columns >> j) & 1;
-      if (!odd || b.dense[i * CELL + j] == -Bits<float>::infinity) continue;
+      if (!odd || !(allowed[i] >> j & 1)) continue;
       const char *x = rows.data + (r0 + i) * rows.row, *y = columns.data + (c0 + j) * columns.row;
       Vec<float> sum{};
       for (index_t k = 0; k < n; k += W<float>) {
@@ -35,25 +47,23 @@ FA_NOINLINE void repair_scores(const BackwardAmx& b, float* scores, const Matrix
 
 // What odd numbers of `rows`, those of queries, give to a gradient by keys, (n, CELL): p^T rows.
 template <class E>
-FA_NOINLINE void repair_keys(const BackwardAmx& b, const float* p, const Matrix& rows, index_t r0,
-                             uint32_t odd, index_t n, float* gradient) {
+FA_NOINLINE void repair_keys(const uint32_t* allowed, const float* p, const Matrix& rows,
+                             index_t r0, uint32_t odd, index_t n, float* gradient) {
   for (index_t i = 0; i < CELL; i++)
     for (index_t x = 0; (odd >> i & 1) && x < n; x++) {
       const float value = number_at<E>(rows, r0 + i, x);
       for (index_t j = 0; j < CELL && is_odd(value); j++)
-        if (b.dense[i * CELL + j] != -Bits<float>::infinity)
-          gradient[x * CELL + j] += p[i * CELL + j] * value;
+        if (allowed[i] >> j & 1) gradient[x * CELL + j] += p[i * CELL + j] * value;
     }
 }
 // What odd numbers of K give to dq, (CELL, n): ds k.
 template <class E>
-FA_NOINLINE void repair_queries(const BackwardAmx& b, const float* ds, const Matrix& k, index_t k0,
-                                uint32_t odd, index_t n, float* dq) {
+FA_NOINLINE void repair_queries(const uint32_t* allowed, const float* ds, const Matrix& k,
+                                index_t k0, uint32_t odd, index_t n, float* dq) {
   for (index_t j = 0; j < CELL; j++)
     for (index_t x = 0; (odd >> j & 1) && x < n; x++) {
       const float value = number_at<E>(k, k0 + j, x);
       for (index_t i = 0; i < CELL && is_odd(value); i++)
-        if (b.dense[i * CELL + j] != -Bits<float>::infinity)
-          dq[i * n + x] += ds[i * CELL + j] * value;
+        if (allowed[i] >> j & 1) dq[i * n + x] += ds[i * CELL + j] * value;
     }
 }

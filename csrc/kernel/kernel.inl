@@ -41,8 +41,10 @@ namespace {
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
+#include "kernel/backward_amx_ahead.inl"
 #include "kernel/backward_amx_cells.inl"
 #include "kernel/backward_amx_odd.inl"
+#include "kernel/backward_amx_block.inl"
 #include "kernel/backward_amx.inl"
 #endif
 // clang-format on

@@ -94,6 +94,13 @@ struct Turns {
   const int* left_out;
 };
 
+// Keys [begin, end) that the same thread is likely to take next, with the queries of the first head
+// that reads them; data null: nothing to fetch ahead. out: if the head is another one.
+struct NextKeys {
+  Matrix k, v, q, dout, out, mask, bias;
+  index_t begin, end, sq;
+};
+
 // One key/value head with the `group` query heads that share it.
 struct BackwardHead {
   Matrix k, v, dk, dv;  // dk.data, dv.data null: not needed
@@ -113,6 +120,7 @@ struct BackwardHead {
       bias_turns;  // bias: one turn for all query blocks if the bias is broadcast over queries
   void (*wait_for_turn)(int* turn, int ordinal, const void* call);
   const void* call;
+  NextKeys next;
 };
 
 // rowsum(dout * out) - dlse and the scaled LSE of one query head.
