@@ -39,6 +39,7 @@ namespace {
 #include "kernel/forward_amx_scores.inl"
 #include "kernel/forward_amx_block.inl"
 #include "kernel/forward_amx.inl"
+#include "kernel/few_amx_tiles.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
 #include "kernel/backward_amx_cells.inl"
