@@ -33,11 +33,13 @@ FA_NOINLINE void mend_few_values(const Row<float>& x, const Matrix& v, index_t f
   }
 }
 
+inline constexpr int FEW_AMX = int(TILE);  // queries at most, over all heads of the group
+
 // Scratch of one call, in blocks of KEY_BLOCK keys; d up to a multiple of 32, dv of 16.
 template <class E> struct FewScratch {
   index_t d, dv, p_row = KEY_BLOCK + 2 * W<float>;
-  E *q, *k_rows, *v_rows;       // (FEW, d), (KEY_BLOCK, d), (KEY_BLOCK, dv)
-  float *o, *sums, *p, *dense;  // (TILE, dv) twice, (FEW, p_row) twice
+  E *q, *k_rows, *v_rows;       // (FEW_AMX, d), (KEY_BLOCK, d), (KEY_BLOCK, dv)
+  float *o, *sums, *p, *dense;  // (TILE, dv) twice, (FEW_AMX, p_row) twice
   float* s;                     // (KEY_BLOCK, TILE)
   Operand q_cut, p_cut;         // words (d, TILE), rows (TILE, KEY_BLOCK)
   Operand k_cut, v_cut;         // rows (32, d), words (32, dv)
@@ -45,13 +47,13 @@ template <class E> struct FewScratch {
 
   FA_INLINE_MEMBER FewScratch(const ForwardHead& h, char*& free)
       : d(up_to(h.d, DEPTH)), dv(up_to(h.dv, TILE)) {
-    q = carve<E>(free, FEW * h.d);
+    q = carve<E>(free, FEW_AMX * h.d);
     k_rows = carve<E>(free, KEY_BLOCK * d);
     v_rows = carve<E>(free, KEY_BLOCK * dv);
     o = carve<float>(free, TILE * dv);
     sums = carve<float>(free, TILE * dv);
-    p = carve<float>(free, FEW * p_row);
-    dense = carve<float>(free, FEW * p_row);
+    p = carve<float>(free, FEW_AMX * p_row);
+    dense = carve<float>(free, FEW_AMX * p_row);
     s = carve<float>(free, KEY_BLOCK * TILE);
     q_cut = words_operand(free, PIECES<E>, d, TILE);
     p_cut = rows_operand(free, P_PIECES<E>, TILE, KEY_BLOCK);
@@ -133,6 +135,7 @@ FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd
   if (tiles.columns == 2) finite = few_columns<2>(n, x.s, x.p, x.p_row, factor.after);
   if (tiles.columns == 4) finite = few_columns<4>(n, x.s, x.p, x.p_row, factor.after);
   if (tiles.columns == 8) finite = few_columns<8>(n, x.s, x.p, x.p_row, factor.after);
+  if (tiles.columns == 16) finite = few_columns<16>(n, x.s, x.p, x.p_row, factor.after);
   if (finite && !odd_q) return;
   few_careful_scores<E>(rows, count, k, n, factor, x);
   for (int r = 0; r < count; r++)
@@ -190,7 +193,7 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const Matrix& 
   const size_t bytes = size_t(count * x.dv) * sizeof(float);
   if (!apart) __builtin_memcpy(x.sums, x.o, bytes);  // what was there before, should it be needed
   float* const sums = apart ? x.sums : x.o;
-  float total[FEW] = {};
+  float total[FEW_AMX] = {};
   few_values_amx<E, !apart>(v, all, x.dv / TILE, x.p_cut, sums, x.pieces, fetch,
                             [&](index_t key) __attribute__((always_inline)) {
                               const float* p = x.p + key;
@@ -225,7 +228,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
   char* free = static_cast<char*>(scratch);
   const FewScratch<E> x(h, free);
 
-  Row<T> rows[FEW];
+  Row<T> rows[FEW_AMX];
   int count = 0;
   Interval any{h.sk, 0};
   for (index_t g = 0; g < group; g++)

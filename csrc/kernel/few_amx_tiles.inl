@@ -269,7 +269,7 @@ FA_INLINE void few_columns(const float* s, float* p, index_t p_row, float factor
   }
   FA_UNROLL
   for (int i = 0; i < C; i++) {
-    constexpr int bits = C == 8 ? 3 : C == 4 ? 2 : C == 2 ? 1 : 0;
+    constexpr int bits = C == 16 ? 4 : C == 8 ? 3 : C == 4 ? 2 : C == 2 ? 1 : 0;
     int row = 0;  // i's bits reversed
     for (int b = 0; b < bits; b++) row |= (i >> b & 1) << (bits - 1 - b);
     finite.add(t[i]);

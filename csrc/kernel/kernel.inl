@@ -85,7 +85,7 @@ constexpr LayerKernels layer_kernels_of{256,
 template <class E>
 constexpr Kernels amx_kernels{LANES<float>,
                               8,
-                              FEW,
+                              FEW_AMX,
                               PIECES<E> == 3 ? 96 : 0,
                               BACK_QUERIES_AMX,
                               BACK_KEYS_AMX,
