@@ -21,7 +21,11 @@ typedef uint16_t LooseHalves
     __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 FA_INLINE Vec<float> widen(Halves h, BFloat) {
+#if FUSEDATTN_VECTOR_BYTES == 64  // GCC 12 would convert it in halves
+  return (Vec<float>)((Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#else
   return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
+#endif
 }
 FA_INLINE Halves narrow(Vec<float> x, BFloat) {
   const Words w = (Words)x;

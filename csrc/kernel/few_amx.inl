@@ -1,12 +1,10 @@
 // Forward for a few queries on tiles: few.inl's softmax, row by row, between products that have the
-// bits of forward_amx.inl's. All rows of the group are the columns of one tile:
+// bits of forward_amx.inl's (few_amx_tiles.inl):
 //
-//   S^T [keys x 16] = rows of K, words of Q^T;   O [16 x dv] = rows of P, words of V
+//   S^T [keys x rows] = rows of K, words of Q^T;   O [rows x dv] = rows of P, words of V
 //
-// K is cut where it lies along d and V in pairs of rows, so neither is transposed, 32 keys at a
-// time: their pieces stay in L1. Cost for 128
-// keys of d = 128, in cycles: cutting 2 * 1024 vectors of float32 at 4 to 5, products 2 * 3000
-// (float32), about 128 KB in 16,000: more than the memory delivers.
+// All rows of the group are the columns, or the rows, of one tile. K is cut where it lies along d
+// and V in pairs of rows, so neither is transposed.
 
 // Logits of rows or keys that could not be cut, by hand; s[key][row].
 template <class E>
@@ -35,12 +33,123 @@ FA_NOINLINE void mend_few_values(const Row<float>& x, const Matrix& v, index_t f
   }
 }
 
-// P = exp2(S - max) of keys [k0, k0 + n), cut into row r of `words`, whose first key is a multiple
-// of 32, `before` keys earlier; the sums in the order of forward_amx.inl.
+inline constexpr int FEW_AMX = int(TILE);  // queries at most, over all heads of the group
+
+// Scratch of one call, in blocks of KEY_BLOCK keys; d up to a multiple of 32, dv of 16.
+template <class E> struct FewScratch {
+  index_t d, dv, p_row = KEY_BLOCK + 2 * W<float>;
+  E *q, *k_rows, *v_rows;       // (FEW_AMX, d), (KEY_BLOCK, d), (KEY_BLOCK, dv)
+  float *o, *sums, *p, *dense;  // (TILE, dv) twice, (FEW_AMX, p_row) twice
+  float* s;                     // (KEY_BLOCK, TILE)
+  Operand q_cut, p_cut;         // words (d, TILE), rows (TILE, KEY_BLOCK)
+  Operand k_cut, v_cut;         // rows (32, d), words (32, dv)
+  char* pieces;                 // twice 16 keys of K or 32 of V, in tiles
+
+  FA_INLINE_MEMBER FewScratch(const ForwardHead& h, char*& free)
+      : d(up_to(h.d, DEPTH)), dv(up_to(h.dv, TILE)) {
+    q = carve<E>(free, FEW_AMX * h.d);
+    k_rows = carve<E>(free, KEY_BLOCK * d);
+    v_rows = carve<E>(free, KEY_BLOCK * dv);
+    o = carve<float>(free, TILE * dv);
+    sums = carve<float>(free, TILE * dv);
+    p = carve<float>(free, FEW_AMX * p_row);
+    dense = carve<float>(free, FEW_AMX * p_row);
+    s = carve<float>(free, KEY_BLOCK * TILE);
+    q_cut = words_operand(free, PIECES<E>, d, TILE);
+    p_cut = rows_operand(free, P_PIECES<E>, TILE, KEY_BLOCK);
+    k_cut = rows_operand(free, PIECES<E>, DEPTH, d);
+    v_cut = words_operand(free, PIECES<E>, DEPTH, dv);
+    pieces = carve<char>(free, PIECES<E> * 2 * DEPTH * max_index(d, 2 * dv));
+  }
+};
+template <class E> static size_t few_scratch_amx(const ForwardHead& h) {
+  char* const from = reinterpret_cast<char*>(uintptr_t(64));
+  char* free = from;
+  FewScratch<E>(h, free);
+  return size_t(free - from);
+}
+
+template <class E>
+FA_INLINE bool is_whole(const Matrix& m, const Pages& pages, index_t cols, index_t ld) {
+  return !pages.table && is_native<E>(m) && cols == ld;
+}
+// Rows [r0, r0 + rows) of k or v, `cols` elements each: where they lie, if they come in whole
+// tiles, else copied to scratch, with zeros around them: `ld` elements.
+template <class E>
+FA_NOINLINE Matrix few_rows(const Matrix& m, const Pages& pages, index_t page, index_t r0,
+                            index_t rows, index_t cols, index_t ld, E* copy) {
+  if (is_whole<E>(m, pages, cols, ld) && rows % DEPTH == 0)
+    return {m.data + r0 * m.row, m.row, m.col};
+  for (index_t r = 0; r < up_to(rows, DEPTH); r++) {
+    E* to = copy + r * ld;
+    const index_t at = r0 + r, whole = r < rows ? cols : 0;
+    const char* from = m.data;
+    if (whole)
+      from +=
+          pages.table ? pages.table[at / pages.rows] * page + at % pages.rows * m.row : at * m.row;
+    if (m.col == index_t(sizeof(E)))
+      __builtin_memcpy(to, from, size_t(whole) * sizeof(E));
+    else
+      for (index_t c = 0; c < whole; c++) __builtin_memcpy(to + c, from + c * m.col, sizeof(E));
+    __builtin_memset(to + whole, 0, size_t(ld - whole) * sizeof(E));
+  }
+  return {reinterpret_cast<char*>(copy), ld * index_t(sizeof(E)), index_t(sizeof(E))};
+}
+
+// The products where something cannot be cut: with 0 in its place, then put right by hand.
+template <class E>
+FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const Matrix& k, index_t n,
+                                    const LogitFactor& factor, const FewScratch<E>& x) {
+  const Tiles tiles;
+  for (index_t i = 0; i < n; i += DEPTH) {
+    cut_matrix<E, false, true>(k, i, DEPTH, x.d, x.k_cut);
+    multiply_operands<PIECES<E>, PIECES<E>>(DEPTH, TILE, x.d, x.k_cut, x.q_cut, x.s + i * TILE,
+                                            4 * TILE);
+  }
+  mend_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
+}
+template <class E>
+FA_NOINLINE void few_careful_products(const Matrix& v, index_t n, const FewScratch<E>& x,
+                                      float* sums) {
+  constexpr int P = P_PIECES<E>;
+  const Tiles tiles;
+  for (index_t i = 0; i < n; i += DEPTH) {
+    cut_matrix<E, false, false>(v, i, DEPTH, x.dv, x.v_cut);
+    const Operand p{x.p_cut.data + 2 * i, x.p_cut.row, x.p_cut.piece};
+    if (P == 3 && i == 0)
+      multiply_operands<P, PIECES<E>, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
+    else
+      multiply_operands<P, PIECES<E>, true, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
+  }
+}
+
+// 1. scores of keys [0, n) of a block (a multiple of 32): p[row][key]
+template <class E>
+FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q, const Matrix& k,
+                                     index_t n, const FewTiles& tiles, FewFetch& fetch,
+                                     const FewScratch<E>& x) {
+  const LogitFactor factor = logit_factor<E>(*rows[0].head);
+  few_scores_amx<E>(k, n, x.d / DEPTH, x.q_cut, tiles.columns, x.s, x.pieces, fetch);
+  bool finite = false;
+  if (tiles.columns == 1) finite = few_columns<1>(n, x.s, x.p, x.p_row, factor.after);
+  if (tiles.columns == 2) finite = few_columns<2>(n, x.s, x.p, x.p_row, factor.after);
+  if (tiles.columns == 4) finite = few_columns<4>(n, x.s, x.p, x.p_row, factor.after);
+  if (tiles.columns == 8) finite = few_columns<8>(n, x.s, x.p, x.p_row, factor.after);
+  if (tiles.columns == 16) finite = few_columns<16>(n, x.s, x.p, x.p_row, factor.after);
+  if (finite && !odd_q) return;
+  few_careful_scores<E>(rows, count, k, n, factor, x);
+  for (int r = 0; r < count; r++)
+    for (index_t i = 0; i < n; i++) x.p[r * x.p_row + i] = x.s[i * TILE + r] * factor.after;
+  tiles.configure();
+}
+
+// 2. P = exp2(S - max) of keys [k0, k0 + n), cut into row r of P, whose first key is a multiple of
+// 32, `before` keys earlier.
 template <class E>
 FA_NOINLINE void few_exponentials(Row<float>& x, int r, index_t k0, index_t n, index_t before,
                                   const Operand& words) {
   using T = float;
+  constexpr int P = P_PIECES<E>;
   few_rules<E>(x, k0, n);
   T* p = x.p - before;
   const index_t all = up_to(before + n, DEPTH);
@@ -49,142 +158,131 @@ FA_NOINLINE void few_exponentials(Row<float>& x, int r, index_t k0, index_t n, i
   T max = x.max;
   for (index_t i = 0; i < all && max == Bits<T>::lowest; i += DEPTH) max = few_max(x, p + i, DEPTH);
   max = next_max(max, few_max(x, p, all));
-  const Vec<T> rescale = exp2<T>(splat(x.max) - splat(max)), top = splat(max);
-  T sum = 0;
+  x.rescale = exp2<T>(splat(x.max) - splat(max))[0];
+  x.max = max;
   for (index_t i = 0; i < all; i += DEPTH) {
-    const Vec<T> a = exp2<T>(load(p + i) - top), b = exp2<T>(load(p + i + W<T>) - top);
+    const Vec<T> a = exp2<T>(load(p + i) - splat(max)),
+                 b = exp2<T>(load(p + i + W<T>) - splat(max));
     store(p + i, a);
     store(p + i + W<T>, b);
-    for (int j = 0; j < W<T>; j++) sum = (sum + a[j]) + b[j];
-    constexpr int P = P_PIECES<E>;
     store_words<P>(words.data + r * words.row + 2 * i, words.piece, cut_computed<P>(a),
                    cut_computed<P>(b));
   }
-  x.total = x.sum = fma<T>(splat(x.sum), rescale, splat(sum))[0];
-  x.max = max;
-  x.rescale = rescale[0];
 }
 
-template <class E> static size_t few_scratch_amx(const ForwardHead& h) {
-  const index_t dv = up_to(h.dv, TILE);
-  char* end = nullptr;  // what is carved
-  rows_operand(end, PIECES<E>, DEPTH, h.d);
-  words_operand(end, PIECES<E>, DEPTH, h.dv);
-  words_operand(end, PIECES<E>, h.d, TILE);
-  rows_operand(end, P_PIECES<E>, TILE, KEY_BLOCK);
-  const index_t numbers =
-      4 * (2 * TILE * dv + 2 * FEW * (KEY_BLOCK + 2 * W<float>)+KEY_BLOCK * TILE);
-  const index_t elements = (FEW * h.d + KEY_BLOCK * (h.d + h.dv)) * index_t(sizeof(E));
-  return size_t(end - static_cast<char*>(nullptr) + numbers + elements + 24 * 64);
+// total[r] += p[r][key] for 32 keys and R rows, in the order of forward_amx.inl.
+template <int R> FA_INLINE void add_in_order(const float* p, index_t p_row, float* total) {
+  float sum[R];
+  for (int r = 0; r < R; r++) sum[r] = total[r];
+  FA_UNROLL
+  for (int i = 0; i < int(TILE); i++)
+    for (int r = 0; r < R; r++) sum[r] = (sum[r] + p[r * p_row + i]) + p[r * p_row + i + TILE];
+  for (int r = 0; r < R; r++) total[r] = sum[r];
+}
+
+// 3. O = O * rescale + P V, as add_values does it, and the sums of P
+template <class E>
+FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const Matrix& v, index_t before,
+                                     index_t n, const FewTiles& tiles, FewFetch& fetch,
+                                     const FewScratch<E>& x) {
+  constexpr bool apart = P_PIECES<E> == 3;  // the block's own sum is made, and then joins
+  const index_t all = up_to(before + n, DEPTH), dv = rows[0].head->dv;
+  for (int r = 0; !apart && r < count; r++)
+    for (index_t c = 0; rows[r].rescale != 1 && c < x.dv; c += W<float>)
+      store(rows[r].o + c, load(rows[r].o + c) * splat(rows[r].rescale));
+  const size_t bytes = size_t(count * x.dv) * sizeof(float);
+  if (!apart) __builtin_memcpy(x.sums, x.o, bytes);  // what was there before, should it be needed
+  float* const sums = apart ? x.sums : x.o;
+  float total[FEW_AMX] = {};
+  few_values_amx<E, !apart>(v, all, x.dv / TILE, x.p_cut, sums, x.pieces, fetch,
+                            [&](index_t key) __attribute__((always_inline)) {
+                              const float* p = x.p + key;
+                              int r = 0;
+                              for (; r + 4 <= count; r += 4)
+                                add_in_order<4>(p + r * x.p_row, x.p_row, total + r);
+                              for (; r < count; r++)
+                                add_in_order<1>(p + r * x.p_row, x.p_row, total + r);
+                            });
+  AllFinite finite;
+  for (index_t i = 0; i < count * x.dv; i += W<float>) finite.add(load(sums + i));
+  const bool odd = !finite.all();
+  if (odd) {
+    if (!apart) __builtin_memcpy(x.o, x.sums, bytes);
+    few_careful_products<E>(v, all, x, sums);
+    tiles.configure();
+  }
+  for (int r = 0; r < count; r++) {
+    Row<float>& row = rows[r];
+    const Vec<float> rescale = splat(row.rescale);
+    row.total = row.sum = fma<float>(splat(row.sum), rescale, splat(total[r]))[0];
+    for (index_t c = 0; apart && c < x.dv; c += W<float>)
+      store(row.o + c, fma<float>(load(row.o + c), rescale, load(x.sums + r * x.dv + c)));
+    if (odd) mend_few_values<E>(row, v, before, n, dv, row.o);
+  }
 }
 
 template <class E>
 static void forward_few_amx(const ForwardHead* heads, index_t group, void* scratch) {
   using T = float;
-  constexpr int P = P_PIECES<E>;
-  const Tiles tiles;
   const ForwardHead& h = heads[0];
   char* free = static_cast<char*>(scratch);
-  const index_t dv = up_to(h.dv, TILE), p_row = KEY_BLOCK + 2 * W<T>;
-  const bool paged = h.pages.table != nullptr;
-  E* q = carve<E>(free, FEW * h.d);
-  T *o = carve<T>(free, TILE * dv), *sums = carve<T>(free, TILE * dv);
-  T *p = carve<T>(free, FEW * p_row), *dense = carve<T>(free, FEW * p_row);
-  T* s = carve<T>(free, KEY_BLOCK * TILE);
-  E *k_rows = carve<E>(free, paged ? KEY_BLOCK * h.d : 0),
-    *v_rows = carve<E>(free, paged ? KEY_BLOCK * h.dv : 0);
-  const Operand k_cut = rows_operand(free, PIECES<E>, DEPTH, h.d),
-                v_cut = words_operand(free, PIECES<E>, DEPTH, h.dv),
-                q_cut = words_operand(free, PIECES<E>, h.d, TILE),
-                p_cut = rows_operand(free, P, TILE, KEY_BLOCK);
-  const LogitFactor factor = logit_factor<E>(h);
+  const FewScratch<E> x(h, free);
 
-  Row<T> rows[FEW];
+  Row<T> rows[FEW_AMX];
   int count = 0;
   Interval any{h.sk, 0};
   for (index_t g = 0; g < group; g++)
     for (index_t i = 0; i < h.sq; i++, count++) {
-      Row<T>& x = rows[count];
-      x = {heads + g,
-           i,
-           visible_keys(heads[g].rules, i),
-           nullptr,
-           o + count * dv,
-           nullptr,
-           dense + count * p_row,
-           Bits<T>::lowest,
-           0,
-           0,
-           1,
-           false,
-           false};
+      rows[count] = {heads + g,
+                     i,
+                     visible_keys(heads[g].rules, i),
+                     nullptr,
+                     x.o + count * x.dv,
+                     nullptr,
+                     x.dense + count * x.p_row,
+                     Bits<T>::lowest,
+                     0,
+                     0,
+                     1,
+                     false,
+                     false};
       const Matrix& from = heads[g].q;
       for (index_t c = 0; c < h.d; c++)
-        __builtin_memcpy(&q[count * h.d + c], from.data + i * from.row + c * from.col, sizeof(E));
-      __builtin_memset(x.o, 0, size_t(dv) * sizeof(T));
-      if (x.keys.low >= x.keys.high) continue;
-      any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
+        __builtin_memcpy(&x.q[count * h.d + c], from.data + i * from.row + c * from.col, sizeof(E));
+      const Interval& keys = rows[count].keys;
+      if (keys.low >= keys.high) continue;
+      any = {min_index(any.low, keys.low), max_index(any.high, keys.high)};
     }
-  const Matrix q_rows{reinterpret_cast<char*>(q), h.d * index_t(sizeof(E)), index_t(sizeof(E))};
-  const bool odd_q = cut_matrix<E, true, false>(q_rows, 0, count, h.d, q_cut, factor.in_q);
+  __builtin_memset(x.o, 0, size_t(TILE * x.dv) * sizeof(T));
+  for (int c = 0; c < P_PIECES<E>; c++)
+    __builtin_memset(x.p_cut.data + c * x.p_cut.piece, 0, size_t(TILE * x.p_cut.row));
+  const bool odd_q = cut_matrix<E, true, false>(
+      {reinterpret_cast<char*>(x.q), h.d * index_t(sizeof(E)), index_t(sizeof(E))}, 0, count, h.d,
+      x.q_cut, logit_factor<E>(h).in_q);
 
+  const FewTiles tiles(count);
+  const index_t first = any.low / DEPTH * DEPTH;
+  FewFetch k_fetch(h.k, first, x.d * index_t(sizeof(E)), false,
+                   is_whole<E>(h.k, h.pages, h.d, x.d)),
+      v_fetch(h.v, first, x.dv * index_t(sizeof(E)), true, is_whole<E>(h.v, h.pages, h.dv, x.dv));
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t k0 = max_index(block, any.low), k1 = min_index(block + KEY_BLOCK, any.high);
     const index_t base = k0 / DEPTH * DEPTH, n = k1 - k0, before = k0 - base, all = k1 - base;
-    // 1. scores
-    const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, k_rows);
-    const Matrix v = block_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, v_rows);
-    bool odd_k = false, odd_v = false;
-    for (index_t i = 0; i < all; i += DEPTH) {
-      const index_t rest = min_index(DEPTH, all - i);
-      odd_k |= cut_matrix<E, false, true>(k, i, rest, h.d, k_cut);
-      multiply_operands<PIECES<E>, PIECES<E>>(rest, TILE, h.d, k_cut, q_cut, s + i * TILE,
-                                              4 * TILE);
-    }
-    if (odd_k || odd_q) mend_few<E>(rows, count, k, all, h.d, factor.in_q, s);
-    for (index_t i = 0; i < all; i += W<T>) {
-      Vec<T> t[W<T>];
-      FA_UNROLL
-      for (int j = 0; j < W<T>; j++) t[j] = load(s + (i + j) * TILE);
-      transpose_registers<T>(t);
-      for (int r = 0; r < count; r++) store(p + r * p_row + i, t[r] * splat(factor.after));
-    }
-    // 2. P = exp2(S - max), cut into rows that begin at key `base`
+    const Matrix k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
+    const Matrix v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, x.dv, x.v_rows);
+    few_scores_of_block<E>(rows, count, odd_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
     for (int r = 0; r < count; r++) {
-      Row<T>& x = rows[r];
-      x.p = p + r * p_row + before;
-      few_exponentials<E>(x, r, k0, n, before, p_cut);
+      rows[r].p = x.p + r * x.p_row + before;
+      few_exponentials<E>(rows[r], r, k0, n, before, x.p_cut);
     }
-    for (int c = 0; c < P; c++)
-      __builtin_memset(p_cut.data + c * p_cut.piece + count * p_cut.row, 0,
-                       size_t((TILE - count) * p_cut.row));
-    // 3. O = O * rescale + P V, as add_values does it
-    if (P < 3)
-      for (int r = 0; r < count; r++)
-        for (index_t c = 0; rows[r].rescale != 1 && c < dv; c += W<T>)
-          store(rows[r].o + c, load(rows[r].o + c) * splat(rows[r].rescale));
-    for (index_t i = 0; i < all; i += DEPTH) {
-      const Operand p_part{p_cut.data + 2 * i, p_cut.row, p_cut.piece};
-      odd_v |= cut_matrix<E, false, false>(v, i, min_index(DEPTH, all - i), h.dv, v_cut);
-      if (P == 3 && i == 0)
-        multiply_operands<P, PIECES<E>, true>(TILE, dv, DEPTH, p_part, v_cut, sums, 4 * dv);
-      else
-        multiply_operands<P, PIECES<E>, true, true>(TILE, dv, DEPTH, p_part, v_cut,
-                                                    P == 3 ? sums : o, 4 * dv);
-    }
-    for (int r = 0; r < count; r++) {
-      const Row<T>& x = rows[r];
-      for (index_t c = 0; P == 3 && c < dv; c += W<T>)
-        store(x.o + c, fma<T>(load(x.o + c), splat(x.rescale), load(sums + r * dv + c)));
-      if (odd_v) mend_few_values<E>(x, v, before, n, h.dv, x.o);
-    }
+    few_values_of_block<E>(rows, count, v, before, n, tiles, v_fetch, x);
   }
 
   for (int r = 0; r < count; r++) {
-    const Row<T>& x = rows[r];
-    const Finished<T> f =
-        finished<T>(splat(x.max), splat(x.sum), splat(x.total), splat(T(x.seen)), x.head->rules);
-    store_rows<E>(x.o, dv, f.factor[0], x.head->out, x.query, 1, h.dv);
-    static_cast<T*>(x.head->lse)[x.query] = f.lse[0];
+    const Row<T>& row = rows[r];
+    const Finished<T> f = finished<T>(splat(row.max), splat(row.sum), splat(row.total),
+                                      splat(T(row.seen)), row.head->rules);
+    store_rows<E>(row.o, x.dv, f.factor[0], row.head->out, row.query, 1, h.dv);
+    static_cast<T*>(row.head->lse)[row.query] = f.lse[0];
   }
 }

@@ -39,6 +39,7 @@ namespace {
 #include "kernel/forward_amx_scores.inl"
 #include "kernel/forward_amx_block.inl"
 #include "kernel/forward_amx.inl"
+#include "kernel/few_amx_tiles.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
 #include "kernel/backward_amx_ahead.inl"
@@ -86,7 +87,7 @@ constexpr LayerKernels layer_kernels_of{256,
 template <class E>
 constexpr Kernels amx_kernels{LANES<float>,
                               8,
-                              FEW,
+                              FEW_AMX,
                               PIECES<E> == 3 ? 96 : 0,
                               BACK_QUERIES_AMX,
                               BACK_KEYS_AMX,
