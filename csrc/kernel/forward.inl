@@ -70,12 +70,9 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
                                Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
   const Factors factors = logit_factors<T>(h.scale, h.rules);
-  bool use_mask = h.rules.mask.data != nullptr;
-  if (use_mask) {
-    const Cover cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
-    if (cover == Cover::none) return;
-    use_mask = cover == Cover::some;
-  }
+  const Cover cover = cover_of<T>(h.rules.mask, x, block);
+  if (cover == Cover::none) return;
+  const bool use_mask = cover == Cover::some;
   alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));
@@ -265,6 +262,7 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
+    x.uncovered = 0;
     choose_width<T>(x, h, q_end);
     const index_t lanes = x.vectors * W<T>;
     x.q = carve<T>(free, h.d * lanes);

@@ -74,6 +74,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
+    x.uncovered = 0;
     choose_width<T>(x, h, q_end);
     const index_t lanes = x.vectors * W<T>, sums = up_to(h.dv, TILE) * lanes;
     const Operand operand = words_operand(free, PIECES<E>, h.d, lanes);
@@ -104,8 +105,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       const index_t k0 = max_index(block, x.keys.any.low),
                     k1 = min_index(block + rows, x.keys.any.high);
       if (k0 >= k1) continue;
-      Cover cover = Cover::all;
-      if (h.rules.mask.data) cover = mask_cover(h.rules.mask, x.first, x.count, k0, k1 - k0);
+      const Cover cover = cover_of<T>(h.rules.mask, x, block);
       if (cover == Cover::none) continue;
       b.use_mask = cover == Cover::some;
       b.bias = h.rules.bias;

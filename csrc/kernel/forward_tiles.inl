@@ -1,6 +1,7 @@
 // The three steps of the forward pass over one block of keys: scores, exponentials, values.
 
 inline constexpr index_t KEY_BLOCK = 128;
+inline constexpr int COVERS = 8;  // blocks that a mask is read of at once
 template <class T> inline constexpr int LINE = 64 / int(sizeof(T));  // elements in a cache line
 template <class T> inline constexpr int LANES = MAX_NJ * W<T>;  // queries in the widest sub-block
 
@@ -14,6 +15,8 @@ template <class T> struct Queries {
   T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
   T* total;             // (lanes) what o is divided by: sum, for pairs that of the rounded P
   bool odd, risen;  // on tiles: something in q could not be cut; the maximum rose in the last block
+  Cover cover[COVERS];  // what a mask says of blocks from `covered` on, up to `uncovered`
+  index_t covered, uncovered;
 };
 
 template <class E, int NI, int NQ, class T = Compute<E>>

@@ -88,7 +88,7 @@ template <class E>
 constexpr Kernels amx_kernels{LANES<float>,
                               8,
                               FEW_AMX,
-                              PIECES<E> == 3 ? 96 : 0,
+                              PIECES<E> == 3 ? 80 : 0,
                               BACK_QUERIES_AMX,
                               BACK_KEYS_AMX,
                               forward_scratch_amx<E>,

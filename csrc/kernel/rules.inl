@@ -56,32 +56,42 @@ FA_INLINE bool any_byte(Bytes b) {
   for (int i = 0; i < WIDE; i++) any |= w[i];
   return any != 0;
 }
-FA_NOINLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t k0, index_t nk) {
-  constexpr index_t width = FUSEDATTN_VECTOR_BYTES;
-  if (mask.row == 0) nq = min_index(nq, 1);
-  if (mask.col == 0) nk = min_index(nk, 1);
+struct Seen {
   bool any = false, all = true;
-  for (index_t q = 0; q < nq; q++) {
-    const char* p = mask.data + (q0 + q) * mask.row + k0 * mask.col;
-    prefetch_far(p + DENSE_AHEAD * mask.col);
-    prefetch_far(p + (DENSE_AHEAD + 64) * mask.col);
+
+  FA_INLINE_MEMBER void add_row(const char* p, index_t col, index_t n) {
+    constexpr index_t width = FUSEDATTN_VECTOR_BYTES;
     Bytes seen{}, missing{};
     index_t k = 0;
-    if (mask.col == 1)
-      for (; k + width <= nk; k += width) {
+    if (col == 1)
+      for (; k + width <= n; k += width) {
         const Bytes b = *reinterpret_cast<const LooseBytes*>(p + k);
         seen |= b;
         missing |= (Bytes)(b == 0);
       }
-    for (; k < nk; k++) {
-      any |= p[k * mask.col] != 0;
-      all &= p[k * mask.col] != 0;
+    for (; k < n; k++) {
+      any |= p[k * col] != 0;
+      all &= p[k * col] != 0;
     }
     any |= any_byte(seen);
     all &= !any_byte(missing);
-    if (any && !all) return Cover::some;
   }
-  return any ? Cover::all : Cover::none;
+  FA_INLINE_MEMBER bool decided() const { return any && !all; }
+  FA_INLINE_MEMBER Cover cover() const {
+    return decided() ? Cover::some : any ? Cover::all : Cover::none;
+  }
+};
+FA_INLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t k0, index_t nk) {
+  if (mask.row == 0) nq = min_index(nq, 1);
+  if (mask.col == 0) nk = min_index(nk, 1);
+  Seen seen;
+  for (index_t q = 0; q < nq && !seen.decided(); q++) {
+    const char* p = mask.data + (q0 + q) * mask.row + k0 * mask.col;
+    prefetch_far(p + DENSE_AHEAD * mask.col);
+    prefetch_far(p + (DENSE_AHEAD + 64) * mask.col);
+    seen.add_row(p, mask.col, nk);
+  }
+  return seen.cover();
 }
 
 // Is there something to add to the logits, or to be told pair by pair?
