@@ -58,18 +58,6 @@ FA_INLINE void begin_column(BackwardAmx& b, int c) {
   __builtin_memset(dv_of(b, c), 0, size_t(up_to(b.d_v, TILE) * CELL) * sizeof(float));
 }
 
-// c (rows by CELL keys) = rows words, as many tiles as there are queries and keys.
-template <class E>
-FA_NOINLINE void multiply_cell(const Operand& rows, const Operand& words, index_t depth, bool two,
-                               bool wide, float* c, Fetch fetch) {
-  constexpr int P = PIECES<E>;
-  const index_t steps = up_to(depth, DEPTH) / DEPTH, row = 4 * CELL;
-  if (two && wide) tile_product<P, P, 2, 2, false, false>(rows, words, steps, c, row, fetch);
-  if (two && !wide) tile_product<P, P, 2, 1, false, false>(rows, words, steps, c, row, fetch);
-  if (!two && wide) tile_product<P, P, 1, 2, false, false>(rows, words, steps, c, row, fetch);
-  if (!two && !wide) tile_product<P, P, 1, 1, false, false>(rows, words, steps, c, row, fetch);
-}
-
 // P and dS of one cell as operands; what odd numbers in it give to the gradients.
 template <class E>
 FA_INLINE void backward_cell(BackwardAmx& b, const BackwardHead& h, const Rules& rules,
@@ -77,10 +65,12 @@ FA_INLINE void backward_cell(BackwardAmx& b, const BackwardHead& h, const Rules&
   const auto strip = [&](const Operand& rows) __attribute__((always_inline)) {
     return Operand{rows.data + r * CELL * rows.row, rows.row, rows.piece};
   };
-  const bool two = b.nq - r * CELL > TILE, wide = b.nk - c * CELL > TILE;
+  const index_t nq = min_index(CELL, b.nq - r * CELL), nk = min_index(CELL, b.nk - c * CELL);
+  constexpr int P = PIECES<E>;
   const Fetch fetch{b.fetcher};
-  multiply_cell<E>(strip(b.q), b.k[c], b.d, two, wide, b.s, fetch);
-  if (b.need_ds) multiply_cell<E>(strip(b.dout), b.v[c], b.d_v, two, wide, b.dp, fetch);
+  multiply_operands<P, P>(nq, nk, b.d, strip(b.q), b.k[c], b.s, 4 * CELL, fetch);
+  if (b.need_ds)
+    multiply_operands<P, P>(nq, nk, b.d_v, strip(b.dout), b.v[c], b.dp, 4 * CELL, fetch);
   const bool odd = b.odd_q[r] | b.odd_dout[r] | b.odd_k[c] | b.odd_v[c];
   Kind kind = odd ? Kind::ruled : kind_of(rules);
   if (kind == Kind::some && b.sight[r][c] == Sight::all) kind = Kind::all;
