@@ -16,20 +16,20 @@ template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> posit
   return slope * (ahead < Vec<T>{} ? -ahead : ahead);
 }
 
-// W elements of a row of the bias, n of which exist. Fetches those of the keys that come next: rows
-// of a matrix in DRAM are too short for the hardware to see it coming.
-// Of the first block, also what lies `then` bytes further: the next sub-block's. On tiles the
-// exponentials fetch, one line at a time.
+// On tiles the exponentials of forward fetch a bias, one line at a time.
 #if defined(FUSEDATTN_AMX)
-inline constexpr bool FETCHED_BEFORE = true;
+inline constexpr bool FORWARD_FETCHES_BIAS = false;
 #else
-inline constexpr bool FETCHED_BEFORE = false;
+inline constexpr bool FORWARD_FETCHES_BIAS = true;
 #endif
-template <class E, class T = Compute<E>>
+// W elements of a row of the bias, n of which exist. FETCH: also those of the keys that come next:
+// rows of a matrix in DRAM are too short for the hardware to see it coming. Of the first block,
+// also what lies `then` bytes further: the next sub-block's.
+template <class E, bool FETCH = true, class T = Compute<E>>
 FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n, index_t then = 0) {
   if (!native || n < W<T>) return gather_as<E>(p, col, int(min_index(n, W<T>)));
-  if (!FETCHED_BEFORE) prefetch_far(p + DENSE_AHEAD * col);
-  if (!FETCHED_BEFORE && then) prefetch_far(p + then);
+  if (FETCH) prefetch_far(p + DENSE_AHEAD * col);
+  if (FETCH && then) prefetch_far(p + then);
   return load_as<E>(p);
 }
 template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {
@@ -178,8 +178,9 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
       if (bias.data) {
         FA_UNROLL
         for (int i = 0; i < W<T>; i++)
-          t[i] = load_bias<E>(bias.data + column.query[i] * bias.row + (k0 + c) * bias.col,
-                              bias.col, native, n - c, then);
+          t[i] = load_bias<E, FORWARD_FETCHES_BIAS>(
+              bias.data + column.query[i] * bias.row + (k0 + c) * bias.col, bias.col, native, n - c,
+              then);
         transpose_registers<T>(t);
       }
       if (slanted) {
@@ -322,7 +323,8 @@ FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0,
       Vec<T> t[W<T>];
       FA_UNROLL
       for (int i = 0; i < W<T>; i++)
-        t[i] = load_bias<E>(from + min_index(i, last) * bias.row, bias.col, native, k1 - key, then);
+        t[i] = load_bias<E, FORWARD_FETCHES_BIAS>(from + min_index(i, last) * bias.row, bias.col,
+                                                  native, k1 - key, then);
       transpose_registers<T>(t);
       const index_t n = min_index(W<T>, k1 - key);
       FA_UNROLL
