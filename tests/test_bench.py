@@ -8,6 +8,7 @@ from fusedattn.bench.cases import DTYPES, select
 from fusedattn.bench.comparisons import COMPARISONS, matching
 from fusedattn.bench.implementations import disagreement
 from fusedattn.bench.ratios import Comparison, Sides, compare
+from fusedattn.bench.scaling import DEFAULT_CASES, Scaling, measure_scaling, thread_counts
 from fusedattn.bench.timing import interleave
 
 SMALL = [
@@ -131,6 +132,55 @@ def test_the_exponent_of_a_square_is_two():
     assert lengths.exponent(points, "backward") == pytest.approx(1.5)
     assert points[0].rate("forward") == pytest.approx(4 * 64 / 3e-9)
     assert points[0].rate("backward") == pytest.approx(10 * 64 * 512**0.5 / 7e-9)
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])],
+)
+def test_thread_counts_end_with_the_most(most, counts):
+    assert thread_counts(most) == counts
+
+
+def test_scaling_has_cases_to_begin_with():
+    assert [c.name for c in select(DEFAULT_CASES)] == list(DEFAULT_CASES)
+
+
+def test_scaling_reads_ratios_of_rounds_and_sets_the_peak_beside_them():
+    case = Case("square", 1, 1, 1000, 1000, 50)  # 2e8 flops forward
+    samples = {1: [8e-3, 4e-3, 6e-3, 4e-3], 4: [2e-3, 2e-3, 2e-3]}
+    found = Scaling(case, "forward", samples, {1: 1e11, 4: 3.2e11})
+    assert found.threads == [1, 4]
+    assert (found.speedup(1), found.efficiency(1), found.peak_efficiency(1)) == (1, 1, 1)
+    assert found.seconds(1) == pytest.approx(5e-3)
+    assert found.speedup(4) == pytest.approx(3)  # of 4, 2 and 3
+    assert found.efficiency(4) == pytest.approx(0.75)
+    assert found.share(4) == pytest.approx(2e8 / 2e-3 / 3.2e11)
+    assert found.peak_speedup(4) == pytest.approx(3.2)
+    assert found.peak_efficiency(4) == pytest.approx(0.8)
+    assert found.lines()[1].split()[-7:] == ["3.00", "75", "%", "31", "%", "80", "%"]
+    assert [p["speedup"] for p in found.as_dict()["by_threads"]] == pytest.approx([1, 3])
+
+
+def test_scaling_takes_the_higher_peak_and_lets_thread_counts_take_turns(monkeypatch):
+    peaks = iter([5.0, 1.0, 1.0, 3.0, 7.0, 2.0])  # of 1, 2 and 3 threads, before and after
+    asked, called = [], []
+    monkeypatch.setattr(
+        "fusedattn._core.measure_peak", lambda dtype, n: asked.append((dtype, n)) or next(peaks)
+    )
+    monkeypatch.setattr(
+        "fusedattn.bench.scaling.FusedAttention.forward",
+        lambda self: called.append(self.rules["num_threads"]),
+    )
+    monkeypatch.setattr(
+        "fusedattn.bench.scaling.interleave",
+        lambda calls, **options: {n: [float(c() or n)] for n, c in calls.items()},
+    )
+    found = measure_scaling(Problem(SMALL[6]), "forward", 3)
+    assert asked == [("float64", n) for n in (1, 2, 3)] * 2
+    assert called == [1, 2, 3]
+    assert found.peaks == {1: 5.0, 2: 7.0, 3: 2.0}
+    assert found.samples == {1: [1.0], 2: [2.0], 3: [3.0]}
 
 
 def test_interleave_gives_everyone_the_rounds_that_it_promises():

@@ -151,6 +151,25 @@ def test_bench_lengths(monkeypatch, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_scaling(tiny, tmp_path, capsys):
+    picture, figures = tmp_path / "scaling.png", tmp_path / "scaling.json"
+    arguments = ["bench", "--scaling", "--quick", "--threads", "3", "--case", tiny]
+    arguments += ["--dtype", "float32", "float64", "--plot", picture, "--json", figures]
+    assert main(list(map(str, arguments))) == 0
+    shown = capsys.readouterr()
+    rows = [line.split() for line in shown.out.splitlines() if line.startswith("tiny")]
+    assert len(rows) == 2 * 2 * 3
+    assert shown.err == ""
+    written = json.loads(figures.read_text())
+    assert written["about"]["threads"] == 3
+    kinds = [(r["case"]["dtype"], r["direction"]) for r in written["results"]]
+    assert kinds == [(t, d) for t in ("float32", "float64") for d in ("forward", "backward")]
+    for result in written["results"]:
+        assert [p["threads"] for p in result["by_threads"]] == [1, 2, 3]
+        assert all(len(p["samples_s"]) >= 3 for p in result["by_threads"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_bench_ratios(monkeypatch, tmp_path, capsys):
     shape = (1, 1, 20, 8)
     causal = Comparison("small", "text", 1e9, rule(shape, lambda: {"is_causal": True}))
@@ -183,6 +202,7 @@ def test_bench_refuses(arguments, complaint, capsys):
     [
         (["--neighbour", "--threads", "2"], "--neighbour does not take --threads"),
         (["--lengths", "--case", "tiny"], "--lengths does not take --case"),
+        (["--scaling", "--roofline", "f.png"], "--scaling does not take --roofline"),
         (["--case", "nonsense"], "expected a case or a pattern of bert-128, .*, got 'nonsense'"),
         (["--ratios", "--case", "nonsense"], "expected a comparison .*, got 'nonsense'"),
         (["--isa", "abacus"], "set_isa: expected one of .*, got 'abacus'"),

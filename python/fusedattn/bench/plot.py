@@ -1,14 +1,16 @@
-"""Pictures of a benchmark's results: shares of the limit, the roofline, cost against length."""
+"""Pictures of a benchmark's results: shares of limits, the roofline, cost by length and threads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from fusedattn.bench.lengths import Point
+from fusedattn.bench.scaling import Scaling
 from fusedattn.bench.timing import Result
 
-__all__ = ["plot_lengths", "plot_roofline", "plot_shares"]
+__all__ = ["plot_lengths", "plot_roofline", "plot_scaling", "plot_shares"]
 
 LABELS = {"fusedattn": "fusedattn", "pytorch": "PyTorch", "numpy": "NumPy"}
 
@@ -141,5 +143,48 @@ def plot_lengths(
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_scaling(curves: Sequence[Scaling], path: Path, *, title: str = "") -> None:
+    """Draw speedup over threads, beside the ideal and beside what the multiply-add peak gains.
+
+    Parameters
+    ----------
+    curves : sequence of Scaling
+        What was measured.
+    path : Path
+        The file; its suffix says the format.
+    title : str, optional
+        A line above the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for c in curves:
+        kind = "" if c.case.dtype == "float32" else f" {c.case.dtype}"
+        label = f"{c.case.name}{kind} {c.direction}"
+        axes.plot(c.threads, [c.speedup(n) for n in c.threads], marker="o", label=label)
+    for dtype in dict.fromkeys(c.case.dtype for c in curves):
+        mine = [c for c in curves if c.case.dtype == dtype]
+        counts = mine[0].threads
+        gains = [median(c.peak_speedup(n) for c in mine) for n in counts]
+        axes.plot(counts, gains, linestyle=":", label=f"multiply-add peak, {dtype}")
+    counts = curves[0].threads
+    axes.plot(counts, counts, color="grey", linestyle="--", label="ideal")
+    for set_scale in (axes.set_xscale, axes.set_yscale):
+        set_scale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_yticks(counts, map(str, counts))
+    axes.minorticks_off()
+    axes.set_xlabel("threads")
+    axes.set_ylabel("times the speed of one thread")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.set_title(title)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

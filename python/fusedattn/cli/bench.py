@@ -20,6 +20,7 @@ TAKES = {
     "neighbour": {"quick", "json"},
     "ratios": {"quick", "json", "threads", "isa", "case"},
     "lengths": {"quick", "json", "threads", "isa", "plot"},
+    "scaling": {"quick", "json", "threads", "isa", "plot", "case", "dtype"},
     "training": {"quick", "json", "isa", "case"},
 }
 
@@ -49,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the shares (png, svg, pdf)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table (png, svg, pdf)")
     parser.add_argument(
         "--roofline", type=Path, metavar="FILE", help="draw the rates under the machine's limits"
     )
@@ -61,6 +62,9 @@ def add_parser(subparsers: Any) -> None:
     )
     other.add_argument(
         "--lengths", action="store_true", help="time and memory of one head up to 65536 keys"
+    )
+    other.add_argument(
+        "--scaling", action="store_true", help="speedup of ours with 1, 2, 4, ... threads"
     )
     other.add_argument(
         "--neighbour",
@@ -92,14 +96,11 @@ def run(options: argparse.Namespace) -> int:
 
 def table(options: argparse.Namespace) -> int:
     """The table of all cases, ours beside the others'."""
-    from fusedattn import get_num_threads
     from fusedattn.bench.cases import select
 
-    threads = options.threads or get_num_threads()
     cases = select(options.case, options.dtype)
-    about = surroundings(threads)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("\n" + ROW.format(*HEAD))
+    about = opening(options.threads, ROW.format(*HEAD))
+    threads = about["threads"]
     results = []
     with blas_threads(threads):
         for result in measured(cases, threads, quick=options.quick):
@@ -135,17 +136,13 @@ def neighbour(options: argparse.Namespace) -> int:
 
 def ratios(options: argparse.Namespace) -> int:
     """Ours against ours."""
-    from fusedattn import get_num_threads
     from fusedattn.bench.comparisons import matching
     from fusedattn.bench.ratios import Row, compare
 
-    threads = options.threads or get_num_threads()
-    about = surroundings(threads)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("\n" + Row.head())
+    about = opening(options.threads, Row.head())
     rows = []
     for comparison in matching(options.case):
-        for found in compare(comparison, threads, quick=options.quick):
+        for found in compare(comparison, about["threads"], quick=options.quick):
             print(found.line(), flush=True)
             rows.append(found)
     missed = [r for r in rows if not r.met]
@@ -157,14 +154,12 @@ def ratios(options: argparse.Namespace) -> int:
 
 def lengths(options: argparse.Namespace) -> int:
     """Time and memory against length."""
-    from fusedattn import get_num_threads
     from fusedattn.bench.lengths import exponent, measure_lengths
 
-    threads = options.threads or get_num_threads()
-    about = surroundings(threads)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
     line = "{:>6} {:>11} {:>13} {:>12} {:>13} {:>12}"
-    print("\n" + line.format("S", "forward ms", "rate", "backward ms", "rate", "scratch"))
+    head = line.format("S", "forward ms", "rate", "backward ms", "rate", "scratch")
+    about = opening(options.threads, head)
+    threads = about["threads"]
     points = []
     for p in measure_lengths(threads, about["isa"], quick=options.quick):
         points.append(p)
@@ -188,6 +183,30 @@ def lengths(options: argparse.Namespace) -> int:
     return 0
 
 
+def scaling(options: argparse.Namespace) -> int:
+    """Ours on more and more threads."""
+    from fusedattn.bench import Problem
+    from fusedattn.bench.cases import select
+    from fusedattn.bench.scaling import DEFAULT_CASES, Scaling, measure_scaling
+
+    cases = select(options.case or DEFAULT_CASES, options.dtype)
+    about = opening(options.threads, Scaling.head())
+    curves = []
+    for problem in map(Problem, cases):
+        for direction in problem.case.directions:
+            with progress(f"{problem.case.name} {direction}"):
+                curve = measure_scaling(problem, direction, about["threads"], quick=options.quick)
+            print("\n".join(curve.lines()), flush=True)
+            curves.append(curve)
+    if options.json:
+        write_json(options.json, about, [c.as_dict() for c in curves])
+    if options.plot:
+        from fusedattn.bench.plot import plot_scaling
+
+        plot_scaling(curves, options.plot, title=f"{about['cpu']}, {about['isa']}")
+    return 0
+
+
 def training(options: argparse.Namespace) -> int:
     """A training step, ours beside PyTorch's."""
     from fusedattn.bench import training
@@ -199,9 +218,20 @@ MODES = {
     None: table,
     "ratios": ratios,
     "lengths": lengths,
+    "scaling": scaling,
     "neighbour": neighbour,
     "training": training,
 }
+
+
+def opening(threads: int | None, head: str) -> dict[str, Any]:
+    """Print the surroundings, and the head of a table under them; ours default to all threads."""
+    from fusedattn import get_num_threads
+
+    about = surroundings(threads or get_num_threads())
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("\n" + head)
+    return about
 
 
 def measured(cases: list[Any], threads: int, *, quick: bool) -> Iterator[Any]:
