@@ -219,6 +219,30 @@ FA_INLINE void few_scores_of(int count, Row<T>* rows, index_t n, const char* k, 
   if (r < count) few_scores<S, 1>(rows + r, n, k, k_row, v, v_row, v_bytes, d, factor);
 }
 
+// Outputs and log-sum-exps of all rows, whose sums are `ld` elements apart. A row to a lane.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void finish_few(const Row<T>* rows, int count, index_t ld) {
+  constexpr int most = 16;
+  alignas(64) T max[most] = {}, sum[most] = {}, total[most] = {}, seen[most] = {}, sink[most] = {},
+                factor[most], lse[most];
+  for (int r = 0; r < count; r++) {
+    const Row<T>& x = rows[r];
+    max[r] = x.max, sum[r] = x.sum, total[r] = x.total, seen[r] = T(x.seen);
+    sink[r] = T(x.head->rules.sink * LOG2E);
+  }
+  for (int r = 0; r < count; r += W<T>) {
+    const Finished<T> f = finished<T>(load(max + r), load(sum + r), load(total + r), load(seen + r),
+                                      load(sink + r), T(rows[0].head->rules.dropout.scale));
+    store(factor + r, f.factor);
+    store(lse + r, f.lse);
+  }
+  for (int r = 0; r < count; r++) {
+    const ForwardHead& h = *rows[r].head;
+    store_rows<E>(rows[r].o, ld, factor[r], h.out, rows[r].query, 1, h.dv);
+    static_cast<T*>(h.lse)[rows[r].query] = lse[r];
+  }
+}
+
 template <class E> static size_t few_scratch(const ForwardHead& h) {
   using T = Compute<E>;
   const index_t elements = FEW * (round_up<T>(h.d) + round_up<T>(h.dv) + 2 * KEY_BLOCK) +
@@ -317,11 +341,5 @@ template <class E> static void forward_few(const ForwardHead* heads, index_t gro
     if (r < count) few_values<E, 1>(rows + r, n_words, vr, ld_v, next, h.k.row, k_bytes);
   }
 
-  for (int r = 0; r < count; r++) {
-    const Row<T>& x = rows[r];
-    const Finished<T> f =
-        finished<T>(splat(x.max), splat(x.sum), splat(x.total), splat(T(x.seen)), x.head->rules);
-    store_rows<E>(x.o, ld_v, f.factor[0], x.head->out, x.query, 1, h.dv);
-    static_cast<T*>(x.head->lse)[x.query] = f.lse[0];
-  }
+  finish_few<E>(rows, count, ld_v);
 }

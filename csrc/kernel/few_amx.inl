@@ -87,10 +87,7 @@ FA_NOINLINE Matrix few_rows(const Matrix& m, const Pages& pages, index_t page, i
     if (whole)
       from +=
           pages.table ? pages.table[at / pages.rows] * page + at % pages.rows * m.row : at * m.row;
-    if (m.col == index_t(sizeof(E)))
-      __builtin_memcpy(to, from, size_t(whole) * sizeof(E));
-    else
-      for (index_t c = 0; c < whole; c++) __builtin_memcpy(to + c, from + c * m.col, sizeof(E));
+    copy_elements(to, from, m.col, whole);
     __builtin_memset(to + whole, 0, size_t(ld - whole) * sizeof(E));
   }
   return {reinterpret_cast<char*>(copy), ld * index_t(sizeof(E)), index_t(sizeof(E))};
@@ -247,15 +244,12 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
                      false,
                      false};
       const Matrix& from = heads[g].q;
-      for (index_t c = 0; c < h.d; c++)
-        __builtin_memcpy(&x.q[count * h.d + c], from.data + i * from.row + c * from.col, sizeof(E));
+      copy_elements(x.q + count * h.d, from.data + i * from.row, from.col, h.d);
       const Interval& keys = rows[count].keys;
       if (keys.low >= keys.high) continue;
       any = {min_index(any.low, keys.low), max_index(any.high, keys.high)};
     }
-  __builtin_memset(x.o, 0, size_t(TILE * x.dv) * sizeof(T));
-  for (int c = 0; c < P_PIECES<E>; c++)
-    __builtin_memset(x.p_cut.data + c * x.p_cut.piece, 0, size_t(TILE * x.p_cut.row));
+  __builtin_memset(x.o, 0, size_t(count * x.dv) * sizeof(T));
   const bool odd_q = cut_matrix<E, true, false>(
       {reinterpret_cast<char*>(x.q), h.d * index_t(sizeof(E)), index_t(sizeof(E))}, 0, count, h.d,
       x.q_cut, logit_factor<E>(h).in_q);
@@ -278,11 +272,5 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
     few_values_of_block<E>(rows, count, v, before, n, tiles, v_fetch, x);
   }
 
-  for (int r = 0; r < count; r++) {
-    const Row<T>& row = rows[r];
-    const Finished<T> f = finished<T>(splat(row.max), splat(row.sum), splat(row.total),
-                                      splat(T(row.seen)), row.head->rules);
-    store_rows<E>(row.o, x.dv, f.factor[0], row.head->out, row.query, 1, h.dv);
-    static_cast<T*>(row.head->lse)[row.query] = f.lse[0];
-  }
+  finish_few<E>(rows, count, x.dv);
 }

@@ -19,12 +19,7 @@ FA_NOINLINE Matrix gather_pages(const Matrix& m, const Pages& pages, index_t pag
   for (index_t r = 0; r < rows; r++) {
     const index_t at = r0 + r;
     const char* p = m.data + pages.table[at / pages.rows] * page + at % pages.rows * m.row;
-    if (m.col == index_t(sizeof(E))) {
-      __builtin_memcpy(dst + r * cols, p, size_t(cols) * sizeof(E));
-      continue;
-    }
-    for (index_t c = 0; c < cols; c++)
-      __builtin_memcpy(&dst[r * cols + c], p + c * m.col, sizeof(E));
+    copy_elements(dst + r * cols, p, m.col, cols);
   }
   return {reinterpret_cast<char*>(dst), cols * index_t(sizeof(E)), index_t(sizeof(E))};
 }
@@ -36,8 +31,11 @@ FA_INLINE Matrix block_rows(const Matrix& m, const Pages& pages, index_t page, i
   return {m.data + block * m.row, m.row, m.col};
 }
 
+// Vectors of queries in a sub-block: of three pieces, as many as leave P in the L1 cache.
+template <class E> inline constexpr int WIDEST = PIECES<E> == 3 ? 2 : MAX_NJ;
+
 template <class E> static size_t forward_scratch_amx(const ForwardHead& h, index_t queries) {
-  const index_t subs = (queries + W<float> - 1) / W<float>, L = LANES<float>;
+  const index_t subs = (queries + W<float> - 1) / W<float>, L = WIDEST<E> * W<float>;
   char* end = nullptr;  // what is carved, but for the queries
   words_operand(end, P_PIECES<E>, KEY_BLOCK, L);
   rows_operand(end, PIECES<E>, KEY_BLOCK, h.d);
@@ -57,10 +55,11 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   const Tiles tiles;
   char* free = static_cast<char*>(scratch);
   Scored b;
-  b.s = carve<T>(free, KEY_BLOCK * LANES<T>);
-  b.tile = carve<T>(free, KEY_BLOCK * LANES<T>);
+  constexpr index_t widest = WIDEST<E> * W<T>;
+  b.s = carve<T>(free, KEY_BLOCK * widest);
+  b.tile = carve<T>(free, KEY_BLOCK * widest);
   b.sums = carve<T>(free, 4 * TILE * TILE);
-  const Operand words = words_operand(free, P_PIECES<E>, KEY_BLOCK, LANES<T>);
+  const Operand words = words_operand(free, P_PIECES<E>, KEY_BLOCK, widest);
   KeyBlock keys{rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
                 rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
   E *k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0),
@@ -75,7 +74,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     Queries<T>& x = subs[n];
     x.first = q;
     x.uncovered = 0;
-    choose_width<T>(x, h, q_end);
+    choose_width<T>(x, h, q_end, WIDEST<E>);
     const index_t lanes = x.vectors * W<T>, sums = up_to(h.dv, TILE) * lanes;
     const Operand operand = words_operand(free, PIECES<E>, h.d, lanes);
     x.q = reinterpret_cast<T*>(operand.data);
@@ -92,7 +91,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     q += x.count;
   }
   Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
-  const bool plain = h.rules.softcap <= 0 && h.rules.dropout.threshold == 0;
+  const bool bent = h.rules.softcap > 0;
 
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t rows = min_index(KEY_BLOCK, any.high - block);
@@ -130,7 +129,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
                       keys.odd_v ? KEY_BLOCK
                       : dense    ? 2 * DEPTH
                                  : DEPTH,
-                      plain && !dense && !keys.odd_k && !x.odd && (whole || SCALED_QUERIES<E>)};
+                      !bent && !dense && !keys.odd_k && !x.odd && (whole || SCALED_QUERIES<E>)};
       block_probabilities<E>(h, b, k, keys, plan, ahead);
       add_values<E>(h, b, v, keys);
     }

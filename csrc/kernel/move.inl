@@ -99,6 +99,15 @@ FA_NOINLINE void unpack_transposed(const T* src, index_t ld, const T* factor, co
   }
 }
 
+// n elements that lie `step` bytes apart, as they are, side by side.
+template <class E> FA_INLINE void copy_elements(E* to, const char* from, index_t step, index_t n) {
+  if (step == index_t(sizeof(E))) {
+    __builtin_memcpy(to, from, size_t(n) * sizeof(E));
+    return;
+  }
+  for (index_t i = 0; i < n; i++) __builtin_memcpy(to + i, from + i * step, sizeof(E));
+}
+
 // dst[r0 + r][0:cols] = src[r][0:cols] * factor
 template <class E, class T = Compute<E>>
 FA_NOINLINE void store_rows(const T* src, index_t ld, T factor, const Matrix& dst, index_t r0,
