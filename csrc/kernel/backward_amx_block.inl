@@ -77,8 +77,10 @@ FA_INLINE void backward_cell(BackwardAmx& b, const BackwardHead& h, const Rules&
   if (kind != Kind::ruled) return cut_cell<E>(b, rules, r, c, kind, false);
   const index_t first = b.q0 + r * CELL, key = b.k0 + c * CELL;
   if (rules.dropout.threshold)
-    for (index_t i = 0; i < CELL && r * CELL + i < b.nq; i++)
-      keep_row<float>(rules.dropout, first + i, key, CELL, b.keep + i * CELL);
+    for (index_t i = 0; i < CELL && r * CELL + i < b.nq; i += 2) {
+      keep_rows<float>(rules.dropout, first + i, key, CELL, b.keep + i * CELL, CELL);
+      if (i % 8 == 0) keep_awake();
+    }
   if (odd && rules.bias.data) forbid_by_bias<E>(b, rules.bias, r, c);
   const uint32_t* allowed = b.allowed[r][c];
   if (b.odd_q[r] | b.odd_k[c])

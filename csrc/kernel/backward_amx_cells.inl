@@ -223,6 +223,7 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
   const CellRules x = cell_rules<E, KIND>(b, rules);
   const uint32_t* allowed = b.allowed[r][c];
   for (index_t i = 0; i < CELL / 2; i++) {
+    if (KIND > Kind::some && i % 4 == 0) keep_awake();
     Cut<P> p[2][2] = {}, ds[2][2] = {};  // of queries i and i + 16, two vectors of keys
     FA_UNROLL
     for (int h = 0; h < 2; h++) {

@@ -18,16 +18,30 @@ FA_INLINE Wide multiply_words(Wide a, uint32_t b) {
 #endif
 }
 
-// c = Philox4x32-10 of the counters c.
-FA_INLINE void philox(Wide (&c)[4], uint64_t seed) {
+typedef uint32_t Random __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
+
+// The upper words in place of the lower ones. A shuffle: shifts compete with multiplications for
+// the one unit that has both.
+template <int... I> FA_INLINE Wide upper_words(Wide x, Seq<I...>) {
+  return (Wide)__builtin_shufflevector((Random)x, (Random)x, (I | 1)...);
+}
+FA_INLINE Wide upper_words(Wide x) {
+  return upper_words(x, typename MakeSeq<2 * WIDE>::type{});
+}
+
+// c = Philox4x32-10 of N vectors of counters c, in step: a round waits for the one before.
+template <int N> FA_INLINE void philox(Wide (&c)[N][4], uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   FA_UNROLL
   for (int round = 0; round < 10; round++) {
-    const Wide a = multiply_words(c[0], 0xD2511F53), b = multiply_words(c[2], 0xCD9E8D57);
-    c[0] = (b >> 32) ^ c[1] ^ k0;
-    c[1] = b;
-    c[2] = (a >> 32) ^ c[3] ^ k1;
-    c[3] = a;
+    FA_UNROLL
+    for (int i = 0; i < N; i++) {
+      const Wide a = multiply_words(c[i][0], 0xD2511F53), b = multiply_words(c[i][2], 0xCD9E8D57);
+      c[i][0] = upper_words(b) ^ c[i][1] ^ k0;
+      c[i][1] = b;
+      c[i][2] = upper_words(a) ^ c[i][3] ^ k1;
+      c[i][3] = a;
+    }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
@@ -39,37 +53,48 @@ FA_INLINE Wide wide_numbers() {
   return v;
 }
 
+// f(key, lane, words): the random words of 2 * WIDE queries from `lane` on, for keys [0, n) from k0
+// on and `lanes` queries from `first` on, or a few more. Even queries and odd ones have vectors of
+// their own, which make one of words.
+template <class F>
+FA_INLINE void for_words(const Dropout& drop, index_t first, index_t lanes, index_t k0, index_t n,
+                         F&& f) {
+  for (index_t group = k0 / 4; group * 4 < k0 + n; group++)
+    for (index_t r = 0; r < lanes; r += 2 * WIDE) {
+      Wide c[2][4];
+      FA_UNROLL
+      for (int i = 0; i < 2; i++) {
+        c[i][0] = Wide{} + uint64_t(group);
+        c[i][1] = wide_numbers() * 2 + uint64_t(first + r + i);
+        c[i][2] = Wide{} + uint64_t(drop.head);
+        c[i][3] = Wide{} + uint64_t(drop.batch);
+      }
+      philox(c, drop.seed);
+      FA_UNROLL
+      for (int w = 0; w < 4; w++) {
+        const index_t key = group * 4 + w - k0;
+        if (key >= 0 && key < n) f(key, r, (Random)((c[0][w] & 0xffffffff) | (c[1][w] << 32)));
+      }
+    }
+}
+
 // p[key][query] = 0 where it is dropped, for keys [k0, k0 + n) and the queries from `first` on.
 // Pairs: in words of two keys.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index_t n, T* p) {
-  constexpr int lanes = NQ * W<T>;
-  typedef uint32_t Narrow __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES / 2)));
-  alignas(64) uint32_t words[4][lanes < WIDE ? WIDE : lanes];
-  for (index_t group = k0 / 4; group * 4 < k0 + n; group++) {
-    for (int r = 0; r < lanes; r += WIDE) {
-      Wide c[4] = {Wide{} + uint64_t(group), wide_numbers() + uint64_t(first + r),
-                   Wide{} + uint64_t(drop.head), Wide{} + uint64_t(drop.batch)};
-      philox(c, drop.seed);
-      FA_UNROLL
-      for (int w = 0; w < 4; w++) {
-        const Narrow narrow = __builtin_convertvector(c[w], Narrow);
-        __builtin_memcpy(words[w] + r, &narrow, sizeof(narrow));
-      }
-    }
-    for (int w = 0; w < 4; w++) {
-      const index_t key = group * 4 + w - k0;
-      if (key < 0 || key >= n) continue;
-      if constexpr (PAIRS<E>) {
-        auto* at = reinterpret_cast<BFloat*>(p + key / 2 * lanes) + key % 2;
-        for (int i = 0; i < lanes; i++)
-          if (words[w][i] < drop.threshold) at[2 * i] = {0};
-      } else {
-        T* at = p + key * lanes;
-        for (int i = 0; i < lanes; i++) at[i] = words[w][i] >= drop.threshold ? at[i] : T(0);
-      }
-    }
-  }
+  constexpr index_t lanes = NQ * W<T>;
+  for_words(drop, first, lanes, k0, n,
+            [&](index_t key, index_t r, Random words) __attribute__((always_inline)) {
+              if constexpr (PAIRS<E>) {
+                auto* at = reinterpret_cast<BFloat*>(p + key / 2 * lanes + r) + key % 2;
+                for (int i = 0; i < 2 * WIDE; i++)
+                  if (words[i] < drop.threshold) at[2 * i] = {0};
+              } else {
+                T* at = p + key * lanes + r;
+                for (int i = 0; i < min_index(2 * WIDE, lanes - r); i++)
+                  at[i] = words[i] >= drop.threshold ? at[i] : T(0);
+              }
+            });
 }
 
 // a[0], b[0], a[1], b[1], ...
@@ -81,17 +106,28 @@ template <int... I> FA_INLINE void zip_wide(Wide a, Wide b, uint32_t* to, Seq<I.
   __builtin_memcpy(to + 2 * WIDE, &second, sizeof(second));
 }
 
-// keep[key] = 1 where it is kept, else 0, for one query and keys [k0, k0 + n); k0 a multiple of 4.
-// Writes up to n rounded up to a multiple of 4 * WIDE.
+// keep[key] = 1 where it is kept, else 0, for keys [k0, k0 + n), k0 a multiple of 4, and two
+// queries, whose numbers lie `ld` apart. Writes up to n rounded up to a multiple of 4 * WIDE.
 template <class T>
-FA_NOINLINE void keep_row(const Dropout& drop, index_t query, index_t k0, index_t n, T* keep) {
+FA_NOINLINE void keep_rows(const Dropout& drop, index_t query, index_t k0, index_t n, T* keep,
+                           index_t ld) {
   for (index_t k = 0; k < n; k += 4 * WIDE) {
-    Wide c[4] = {wide_numbers() + uint64_t((k0 + k) / 4), Wide{} + uint64_t(query),
-                 Wide{} + uint64_t(drop.head), Wide{} + uint64_t(drop.batch)};
+    Wide c[2][4];
+    FA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      c[i][0] = wide_numbers() + uint64_t((k0 + k) / 4);
+      c[i][1] = Wide{} + uint64_t(query + i);
+      c[i][2] = Wide{} + uint64_t(drop.head);
+      c[i][3] = Wide{} + uint64_t(drop.batch);
+    }
     philox(c, drop.seed);
-    const Wide low = (c[0] & 0xffffffff) | (c[1] << 32), high = (c[2] & 0xffffffff) | (c[3] << 32);
-    alignas(64) uint32_t words[4 * WIDE];
-    zip_wide(low, high, words, typename MakeSeq<WIDE>::type{});
-    for (int i = 0; i < 4 * WIDE; i++) keep[k + i] = T(words[i] >= drop.threshold);
+    FA_UNROLL
+    for (int r = 0; r < 2; r++) {
+      const Wide low = (c[r][0] & 0xffffffff) | (c[r][1] << 32),
+                 high = (c[r][2] & 0xffffffff) | (c[r][3] << 32);
+      alignas(64) uint32_t words[4 * WIDE];
+      zip_wide(low, high, words, typename MakeSeq<WIDE>::type{});
+      for (int i = 0; i < 4 * WIDE; i++) keep[r * ld + k + i] = T(words[i] >= drop.threshold);
+    }
   }
 }

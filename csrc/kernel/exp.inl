@@ -6,24 +6,26 @@
 inline constexpr float LOG2E_F = 1.4426950408889634f;
 inline constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
-// (2^f - 1) / f for f in [-1/2, 1/2], minimax in relative error.
-template <class T> FA_INLINE Vec<T> exp2m1_ratio(Vec<T> f) {
+// p = (2^f - 1) / f for f in [-1/2, 1/2], minimax in relative error.
+template <class T, int N>
+FA_INLINE void exp2m1_ratio_in_step(const Vec<T> (&f)[N], Vec<T> (&p)[N]) {
+  const auto horner = [&](const auto& c) __attribute__((always_inline)) {
+    FA_UNROLL
+    for (int i = 0; i < N; i++) p[i] = splat<T>(c[0]);
+    FA_UNROLL
+    for (int j = 1; j < int(sizeof(c) / sizeof(T)); j++) FA_UNROLL
+    for (int i = 0; i < N; i++) p[i] = fma<T>(p[i], f[i], splat<T>(c[j]));
+  };
   if constexpr (sizeof(T) == 4) {  // degree 5: 1.1e-8
     const float c[6] = {1.5403512e-04f, 1.3390735e-03f, 9.618238e-03f,
                         5.5503573e-02f, 2.4022649e-01f, 6.931472e-01f};
-    Vec<T> p = splat<T>(c[0]);
-    FA_UNROLL
-    for (int i = 1; i < 6; i++) p = fma<T>(p, f, splat<T>(c[i]));
-    return p;
+    horner(c);
   } else {  // degree 10: 3.4e-18
     const double c[11] = {4.4347712982003767e-10, 7.0737832485031333e-09, 1.0178199571842138e-07,
                           1.3215435282308488e-06, 1.5252733493127489e-05, 1.5403530457112091e-04,
                           1.3333558146774621e-03, 9.6181291075941201e-03, 5.5504108664820083e-02,
                           2.4022650695910131e-01, 6.9314718055994533e-01};
-    Vec<T> p = splat<T>(c[0]);
-    FA_UNROLL
-    for (int i = 1; i < 11; i++) p = fma<T>(p, f, splat<T>(c[i]));
-    return p;
+    horner(c);
   }
 }
 
@@ -36,7 +38,9 @@ template <class T> FA_INLINE Vec<T> exp2_polynomial(Vec<T> f) {
     p = fma<T>(p, f, splat<T>(0.69314698f));
     return fma<T>(p, f, splat<T>(1.0f));
   } else {  // degree 11: 3.4e-18
-    return fma<T>(exp2m1_ratio<T>(f), f, splat<T>(1.0));
+    Vec<T> p[1];
+    exp2m1_ratio_in_step<T, 1>({f}, p);
+    return fma<T>(p[0], f, splat<T>(1.0));
   }
 }
 
@@ -80,31 +84,42 @@ template <class T> FA_INLINE Vec<T> log2_positive(Vec<T> x) {
 }
 
 // a / b for b neither 0 nor infinite, within 1 ulp. Where a vector's division takes as long as 32
-// multiply-adds (Intel), by Newton's method from 14 bits.
+// multiply-adds (Intel), by one step of Newton's from 14 bits.
 template <class T> FA_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
 #if defined(FUSEDATTN_AMX)
   if constexpr (sizeof(T) == 4) {
-    Vec<T> r = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b);
-    r = fma<T>(r, fma<T>(-b, r, splat(T(1))), r);
-    const Vec<T> q = a * r;
+    const Vec<T> r = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b), q = a * r;
     return fma<T>(r, fma<T>(-b, q, a), q);
   }
 #endif
   return a / b;
 }
 
-// tanh(x) = m / (m + 2) with m = exp(2 |x|) - 1, which keeps its digits near 0: m = 2^n (2^f - 1) +
-// (2^n - 1), and 2^f - 1 is f times a polynomial. At most 4 ulp in float32.
-template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
+// x = tanh(x) = m / (m + 2) with m = exp(2 x) - 1, which keeps its digits near 0: m = 2^n (2^f - 1)
+// + (2^n - 1), and 2^f - 1 is f times a polynomial. At most 4 ulp in float32. Vectors in step: the
+// chain is so long that the processor does not look past it for the next one.
+template <class T, int N> FA_INLINE void tanh_in_step(Vec<T> (&x)[N]) {
   using B = Bits<T>;
-  const IntVec<T> sign = (IntVec<T>)x & (IntVec<T>)splat(T(-0.0));
-  const Vec<T> magnitude = (Vec<T>)((IntVec<T>)x ^ sign),
-               limit = splat(T(sizeof(T) == 4 ? 10 : 20));
-  const Vec<T> t = (magnitude > limit ? limit : magnitude) * splat(T(2 * LOG2E));
-  const Vec<T> z = t + splat(B::round_magic), f = t - (z - splat(B::round_magic));
-  const Vec<T> power =
-      (Vec<T>)(((IntVec<T>)z << B::mantissa) + (typename B::type(B::bias) << B::mantissa));  // 2^n
-  const Vec<T> m = fma<T>(exp2m1_ratio<T>(f) * f, power, power - splat(T(1)));
-  const Vec<T> y = quotient<T>(m, m + splat(T(2)));
-  return (Vec<T>)((IntVec<T>)y | sign);
+  const Vec<T> limit = splat(T((sizeof(T) == 4 ? 20 : 40) * LOG2E)), one = splat(T(1)),
+               magic = splat(B::round_magic);
+  Vec<T> z[N], p[N];
+  FA_UNROLL
+  for (int i = 0; i < N; i++)
+    x[i] = min_or_second<T>(limit, max_or_second<T>(-limit, x[i] * splat(T(2 * LOG2E))));
+  FA_UNROLL
+  for (int i = 0; i < N; i++) z[i] = x[i] + magic, x[i] -= z[i] - magic;
+  exp2m1_ratio_in_step<T>(x, p);
+  FA_UNROLL
+  for (int i = 0; i < N; i++) {
+    const Vec<T> power = (Vec<T>)(((IntVec<T>)z[i] << B::mantissa) +
+                                  (typename B::type(B::bias) << B::mantissa));  // 2^n
+    x[i] = fma<T>(p[i] * x[i], power, power - one);
+  }
+  FA_UNROLL
+  for (int i = 0; i < N; i++) x[i] = quotient<T>(x[i], x[i] + splat(T(2)));
+}
+template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
+  Vec<T> one[1] = {x};
+  tanh_in_step<T>(one);
+  return one[0];
 }

@@ -13,12 +13,26 @@ template <class V> FA_INLINE V next_max(V before, V block) {
   return block > before + SLACK ? block : before;
 }
 
-// P = exp2(S - max) of 32 keys, cut into words, and its sum.
-// RAW: S is what the product gave; its factor is to be applied, and its maximum joins block_max.
-// KEPT: P takes the place of S and is cut later.
-template <class E, bool RAW, bool KEPT>
-FA_NOINLINE void exponentials(Scored& b, index_t key, float* s, float factor, const Operand& words,
-                              Ahead& ahead) {
+// Bits of 32 keys by `lanes` queries: 1 where dropout keeps P. Key by key, a number for 16 queries.
+struct Kept {
+  __mmask16 bits[DEPTH * LANES<float> / W<float>];
+};
+FA_NOINLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, index_t key,
+                           Kept& kept) {
+  const __m512i threshold = _mm512_set1_epi32(int(drop.threshold));
+  for_words(drop, first, lanes, key, DEPTH,
+            [&](index_t k, index_t lane, Random words) __attribute__((always_inline)) {
+              if (k % 8 == 0 && lane == 0) keep_awake();
+              kept.bits[(k * lanes + lane) / W<float>] =
+                  _mm512_cmpge_epu32_mask((__m512i)words, threshold);
+            });
+}
+
+// P = exp2(S - max) of 32 keys, cut into words, and its sum. RAW: S is what the product gave; its
+// factor is to be applied, and its maximum joins block_max. DROPS: with dropout.
+template <class E, bool RAW, bool DROPS>
+FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float factor,
+                              const Kept& kept, const Operand& words, Ahead& ahead) {
   using T = float;
   constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
   const index_t lanes = b.x->vectors * W<T>;
@@ -26,7 +40,7 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, float* s, float factor, co
   for (index_t j = 0; j < lanes; j += W<T>) {
     const Vec<T> top = load(b.max + j);
     Vec<T> sum = load(b.sum + j), max = load(b.block_max + j);
-    T* at = s + j;
+    const T* at = s + j;
     char* to = words.data + 4 * j;
     for (int i = 0; i < half; i++, at += lanes, to += words.row) {
       Vec<T> x = load(at), y = load(at + half * lanes);
@@ -37,12 +51,11 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, float* s, float factor, co
       x = exp2<T>(x - top);
       y = exp2<T>(y - top);
       sum = (sum + x) + y;
-      if constexpr (KEPT) {
-        store(at, x);
-        store(at + half * lanes, y);
-      } else {
-        store_words<P>(to, words.piece, cut_computed<P>(x), cut_computed<P>(y));
+      if constexpr (DROPS) {
+        x = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[(i * lanes + j) / W<T>], (__m512)x);
+        y = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[((i + half) * lanes + j) / W<T>], (__m512)y);
       }
+      store_words<P>(to, words.piece, cut_computed<P>(x), cut_computed<P>(y));
       if (b.bias.data) {
         const char* p = b.bias.data + (j + i) * b.bias.row + key * b.bias.col;
         prefetch_far(p);
@@ -55,17 +68,8 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, float* s, float factor, co
     }
     store(b.sum + j, sum);
     if constexpr (RAW) store(b.block_max + j, max);
+    if (!RAW || DROPS) keep_awake();
   }
-}
-// 32 keys that were kept.
-template <class E> FA_NOINLINE void to_words(index_t lanes, const float* p, const Operand& words) {
-  constexpr int P = P_PIECES<E>;
-  constexpr index_t half = DEPTH / 2;
-  for (index_t i = 0; i < half; i++)
-    for (index_t j = 0; j < lanes; j += W<float>)
-      store_words<P>(words.data + i * words.row + 4 * j, words.piece,
-                     cut_computed<P>(load(p + i * lanes + j)),
-                     cut_computed<P>(load(p + (i + half) * lanes + j)));
 }
 // What was cut into words, put together again.
 FA_INLINE float word_element(const Operand& words, int pieces, index_t key, index_t column) {
@@ -106,20 +110,16 @@ FA_INLINE void begin_block(Scored& b, index_t lanes) {
 // P of 32 keys; dropout.
 template <class E>
 FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float factor, index_t key,
-                             float* s, Ahead& ahead) {
-  const index_t lanes = b.x->vectors * W<float>;
+                             const float* s, Ahead& ahead) {
   const Operand words{b.words.data + key / 2 * b.words.row, b.words.row, b.words.piece};
-  if (raw) return exponentials<E, true, false>(b, key, s, factor, words, ahead);
-  if (!h.rules.dropout.threshold) return exponentials<E, false, false>(b, key, s, 1, words, ahead);
-  exponentials<E, false, true>(b, key, s, 1, words, ahead);
-  const auto drop = [&](auto f) __attribute__((always_inline)) {
-    f(h.rules.dropout, b.x->first, b.block + key, DEPTH, s);
-  };
-  if (b.x->vectors == 1) drop(drop_tile<E, 1>);
-  if (b.x->vectors == 2) drop(drop_tile<E, 2>);
-  if (b.x->vectors == 3) drop(drop_tile<E, 3>);
-  if (b.x->vectors == 4) drop(drop_tile<E, 4>);
-  to_words<E>(lanes, s, words);
+  Kept kept;
+  const auto run = [&](auto f)
+                       __attribute__((always_inline)) { f(b, key, s, factor, kept, words, ahead); };
+  if (h.rules.dropout.threshold) {
+    draw_kept(h.rules.dropout, b.x->first, b.x->vectors * W<float>, b.block + key, kept);
+    return raw ? run(exponentials<E, true, true>) : run(exponentials<E, false, true>);
+  }
+  raw ? run(exponentials<E, true, false>) : run(exponentials<E, false, false>);
 }
 
 // P of a block, and the maximum and the factors that go with it. First from the maximum of the
