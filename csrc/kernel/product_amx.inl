@@ -72,6 +72,7 @@ FA_NOINLINE void cut_band_of_b(const Matrix& b, index_t k0, index_t depth, index
   for (index_t k = 0; k < depth; k += DEPTH, dst += STEP_BYTES)
     for (index_t t = 0; t < min_index(BAND, columns); t += TILE) {
       const Rows<float> x = block_rows<DEPTH, TILE>(b, k0 + k, depth - k, j + t, columns - t, copy);
+      keep_awake();
       for (index_t r = 0; r < TILE; r++)
         cut_words(load(x.data + r * x.ld), load(x.data + (r + TILE) * x.ld), dst + r * 128 + t * 4);
     }
