@@ -82,13 +82,6 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-// The unit that multiplies tiles falls asleep when it has had nothing to do for some 1,500 cycles,
-// and is slow for the 1,000 that follow. Long computations in between call this. Tile 0 is lost.
-FA_INLINE void keep_awake() {
-  asm volatile("tdpbf16ps %tmm2, %tmm3, %tmm0");
-  asm volatile("tdpbf16ps %tmm2, %tmm3, %tmm0");
-}
-
 // Each takes 16 cycles; beside it `work` is called.
 struct Nothing {
   FA_INLINE_MEMBER void operator()() {}

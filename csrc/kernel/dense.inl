@@ -169,6 +169,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
     DenseColumn<T> column;
     dense_column<T>(column, rules, x, r, k0, n, ragged);
     const Vec<T> position = load(column.position), low = load(column.low), high = load(column.high);
+    keep_awake();
     IntVec<T> segment;
     __builtin_memcpy(&segment, column.segment, sizeof(segment));
     Vec<T> words[W<T>];
@@ -248,7 +249,15 @@ template <class T> struct Adding {
   FA_INLINE_MEMBER void load_from(const T* max_io, const T* seen) {
     for (int i = 0; i < chains; i++) max[i] = load(max_io), any[i] = load(seen);
   }
-  FA_INLINE_MEMBER void add(T* at, Vec<T> dense, int chain) {
+  // FINITE: no part of dense is -inf.
+  template <bool FINITE = false> FA_INLINE_MEMBER void add(T* at, Vec<T> dense, int chain) {
+    if constexpr (FINITE) {
+      const Vec<T> s = load(at) + dense;
+      max[chain] = max_or_second<T>(s, max[chain]);
+      store(at, s);
+      any[chain] = splat(T(1));
+      return;
+    }
     const Vec<T> minus_inf = splat(-Bits<T>::infinity);
     const Vec<T> s = dense == minus_inf ? minus_inf : load(at) + dense;
     any[chain] = dense == minus_inf ? any[chain] : splat(T(1));
@@ -287,6 +296,7 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   for (index_t r = 0; r < lanes; r += W<T>) {
     DenseColumn<T> column;
     for (int i = 0; i < W<T>; i++) column.query[i] = x.first + min_index(r + i, x.count - 1);
+    keep_awake();
     Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
     IntVec<T> any{};
     T* at = p + r;
@@ -315,6 +325,7 @@ FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0,
   const index_t lanes = x.vectors * W<T>, then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity), lowest = splat(Bits<T>::lowest);
   for (index_t r = 0; r < lanes; r += W<T>) {
+    keep_awake();
     const index_t last = x.count - 1 - r;
     Vec<T> max[2] = {load(max_io + r), load(max_io + r)}, any = load(x.seen + r);
     T* at = p + r;
@@ -351,15 +362,22 @@ FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, boo
   if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
   if (!others && !use_mask) return apply_bias<E>(rules, x, k0, k1, p, max_io);
   const index_t lanes = x.vectors * W<T>;
-  for_dense<E>(rules, x, use_mask, ragged, k0, k1,
-               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
-                 Adding<T> sums;
-                 sums.load_from(max_io + r, x.seen + r);
-                 FA_UNROLL
-                 for (int j = 0; j < W<T>; j++)
-                   if (c + j < k1 - k0) sums.add(p + (c + j) * lanes + r, t[j], j % 2);
-                 sums.store_to(max_io + r, x.seen + r);
-               });
+  const auto run = [&]<bool FINITE>() FA_TILE {
+    for_dense<E>(rules, x, use_mask, ragged, k0, k1,
+                 [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
+                   Adding<T> sums;
+                   sums.load_from(max_io + r, x.seen + r);
+                   FA_UNROLL
+                   for (int j = 0; j < W<T>; j++)
+                     if (c + j < k1 - k0)
+                       sums.template add<FINITE>(p + (c + j) * lanes + r, t[j], j % 2);
+                   sums.store_to(max_io + r, x.seen + r);
+                 });
+  };
+  if (ragged || use_mask || rules.bias.data || rules.segments.q_number || (k1 - k0) % W<T> != 0)
+    run.template operator()<false>();
+  else  // ALiBi alone
+    run.template operator()<true>();
 }
 template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
   for (index_t i = 0; i < n; i++) FA_UNROLL

@@ -228,3 +228,12 @@ template <class T> FA_INLINE T sum_lanes(Vec<T> v) {
   for (int i = 1; i < W<T>; i++) s += v[i];
   return s;
 }
+
+// The unit that multiplies tiles falls asleep when it has had nothing to do for some 1,500 cycles,
+// and is slow for the 1,000 that follow. Long computations in between call this. Tile 0 is lost.
+FA_INLINE void keep_awake() {
+#if defined(FUSEDATTN_AMX)
+  asm volatile("tdpbf16ps %tmm2, %tmm3, %tmm0");
+  asm volatile("tdpbf16ps %tmm2, %tmm3, %tmm0");
+#endif
+}
