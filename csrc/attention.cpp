@@ -78,9 +78,11 @@ bool attention_forward(const Call& c, Loop& loop) {
   const index_t step = wide * kernels.query_block;
 
   // Where few queries share a key/value head, one task takes them all, so that keys are read once.
+  // With hardly more keys than queries the tiles of many are faster.
   const index_t group = c.kv_heads ? c.heads / c.kv_heads : 1;
   const auto is_few = [&](index_t b) {
-    return c.sq[std::size_t(b)] * group <= kernels.few_queries && !c.dropout.threshold;
+    const index_t sq = c.sq[std::size_t(b)], sk = c.sk[std::size_t(b)];
+    return sq * group <= kernels.few_queries && (sq < 4 || sk >= 2 * sq) && !c.dropout.threshold;
   };
   Numbering numbering;
   for (index_t b = 0; b < c.batch; b++)

@@ -8,26 +8,27 @@
 
 // Logits of rows or keys that could not be cut, by hand; s[key][row].
 template <class E>
-FA_NOINLINE void mend_few(const Row<float>* rows, int count, const Matrix& k, index_t n, index_t d,
+FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, index_t n, index_t d,
                           float factor, float* s) {
   for (index_t i = 0; i < n; i++) {
-    const bool odd_key = is_odd_row<E>(k, i, d);
+    const Matrix key = k.at(i);
+    const bool odd_key = is_odd_row<E>(key, 0, d);
     for (int r = 0; r < count; r++) {
       const Matrix& q = rows[r].head->q;
       if (odd_key || is_odd_row<E>(q, rows[r].query, d))
-        s[i * TILE + r] = dot_rows<E>(k, i, q, rows[r].query, d) * factor;
+        s[i * TILE + r] = dot_rows<E>(key, 0, q, rows[r].query, d) * factor;
     }
   }
 }
 
 // What could not be cut of V, for the rows that may see it; p[key] from key k0.
 template <class E>
-FA_NOINLINE void mend_few_values(const Row<float>& x, const Matrix& v, index_t first, index_t n,
+FA_NOINLINE void mend_few_values(const Row<float>& x, const FewRows& v, index_t first, index_t n,
                                  index_t dv, float* sums) {
   for (index_t key = 0; key < n; key++) {
     if (x.has_dense && x.dense[key] == -Bits<float>::infinity) continue;
     for (index_t c = 0; c < dv; c++) {
-      const float value = number_at<E>(v, first + key, c);
+      const float value = number_at<E>(v.at(first + key), 0, c);
       if (is_odd(value)) sums[c] += x.p[key] * value;
     }
   }
@@ -73,15 +74,13 @@ template <class E>
 FA_INLINE bool is_whole(const Matrix& m, const Pages& pages, index_t cols, index_t ld) {
   return !pages.table && is_native<E>(m) && cols == ld;
 }
-// Rows [r0, r0 + rows) of k or v, `cols` elements each: where they lie, if they come in whole
-// tiles, else copied to scratch, with zeros around them: `ld` elements.
+// Rows [r0, r0 + rows) of k or v, `cols` elements each, copies in rows of `ld` elements.
 template <class E>
-FA_NOINLINE Matrix few_rows(const Matrix& m, const Pages& pages, index_t page, index_t r0,
-                            index_t rows, index_t cols, index_t ld, E* copy) {
-  if (is_whole<E>(m, pages, cols, ld) && rows % DEPTH == 0)
-    return {m.data + r0 * m.row, m.row, m.col};
-  for (index_t r = 0; r < up_to(rows, DEPTH); r++) {
-    E* to = copy + r * ld;
+FA_NOINLINE FewRows few_rows(const Matrix& m, const Pages& pages, index_t page, index_t r0,
+                             index_t rows, index_t cols, index_t ld, E* copy) {
+  const index_t split = is_whole<E>(m, pages, cols, ld) ? rows / DEPTH * DEPTH : 0;
+  for (index_t r = split; r < up_to(rows, DEPTH); r++) {
+    E* to = copy + (r - split) * ld;
     const index_t at = r0 + r, whole = r < rows ? cols : 0;
     const char* from = m.data;
     if (whole)
@@ -90,28 +89,30 @@ FA_NOINLINE Matrix few_rows(const Matrix& m, const Pages& pages, index_t page, i
     copy_elements(to, from, m.col, whole);
     __builtin_memset(to + whole, 0, size_t(ld - whole) * sizeof(E));
   }
-  return {reinterpret_cast<char*>(copy), ld * index_t(sizeof(E)), index_t(sizeof(E))};
+  return {{m.data + r0 * m.row, m.row, m.col},
+          {reinterpret_cast<char*>(copy), ld * index_t(sizeof(E)), index_t(sizeof(E))},
+          split};
 }
 
 // The products where something cannot be cut: with 0 in its place, then put right by hand.
 template <class E>
-FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const Matrix& k, index_t n,
+FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const FewRows& k, index_t n,
                                     const LogitFactor& factor, const FewScratch<E>& x) {
   const Tiles tiles;
   for (index_t i = 0; i < n; i += DEPTH) {
-    cut_matrix<E, false, true>(k, i, DEPTH, x.d, x.k_cut);
+    cut_matrix<E, false, true>(k.at(i), 0, DEPTH, x.d, x.k_cut);
     multiply_operands<PIECES<E>, PIECES<E>>(DEPTH, TILE, x.d, x.k_cut, x.q_cut, x.s + i * TILE,
                                             4 * TILE);
   }
   mend_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
 }
 template <class E>
-FA_NOINLINE void few_careful_products(const Matrix& v, index_t n, const FewScratch<E>& x,
+FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScratch<E>& x,
                                       float* sums) {
   constexpr int P = P_PIECES<E>;
   const Tiles tiles;
   for (index_t i = 0; i < n; i += DEPTH) {
-    cut_matrix<E, false, false>(v, i, DEPTH, x.dv, x.v_cut);
+    cut_matrix<E, false, false>(v.at(i), 0, DEPTH, x.dv, x.v_cut);
     const Operand p{x.p_cut.data + 2 * i, x.p_cut.row, x.p_cut.piece};
     if (P == 3 && i == 0)
       multiply_operands<P, PIECES<E>, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
@@ -122,9 +123,9 @@ FA_NOINLINE void few_careful_products(const Matrix& v, index_t n, const FewScrat
 
 // 1. scores of keys [0, n) of a block (a multiple of 32): p[row][key]
 template <class E>
-FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q, const Matrix& k,
-                                     index_t n, const FewTiles& tiles, FewFetch& fetch,
-                                     const FewScratch<E>& x) {
+FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q,
+                                     const FewRows& k, index_t n, const FewTiles& tiles,
+                                     FewFetch& fetch, const FewScratch<E>& x) {
   const LogitFactor factor = logit_factor<E>(*rows[0].head);
   few_scores_amx<E>(k, n, x.d / DEPTH, x.q_cut, tiles.columns, x.s, x.pieces, fetch);
   bool finite = false;
@@ -179,7 +180,7 @@ template <int R> FA_INLINE void add_in_order(const float* p, index_t p_row, floa
 
 // 3. O = O * rescale + P V, as add_values does it, and the sums of P
 template <class E>
-FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const Matrix& v, index_t before,
+FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows& v, index_t before,
                                      index_t n, const FewTiles& tiles, FewFetch& fetch,
                                      const FewScratch<E>& x) {
   constexpr bool apart = P_PIECES<E> == 3;  // the block's own sum is made, and then joins
@@ -262,8 +263,8 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t k0 = max_index(block, any.low), k1 = min_index(block + KEY_BLOCK, any.high);
     const index_t base = k0 / DEPTH * DEPTH, n = k1 - k0, before = k0 - base, all = k1 - base;
-    const Matrix k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
-    const Matrix v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, x.dv, x.v_rows);
+    const FewRows k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
+    const FewRows v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, x.dv, x.v_rows);
     few_scores_of_block<E>(rows, count, odd_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
     for (int r = 0; r < count; r++) {
       rows[r].p = x.p + r * x.p_row + before;

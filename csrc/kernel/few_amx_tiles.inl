@@ -66,6 +66,18 @@ template <int C, int A, int B> FA_INLINE void multiply_tile_pair() {
 
 inline constexpr index_t LEAD = 3584, TILE_BYTES = 1024;
 
+// Rows of a block of K or V: those before `split`, a multiple of 32, where they lie, the others
+// copied, with zeros around them.
+struct FewRows {
+  Matrix whole, rest;
+  index_t split;
+
+  FA_INLINE_MEMBER Matrix at(index_t r) const {  // its first row is row r
+    const Matrix& m = r < split ? whole : rest;
+    return {m.data + (r < split ? r : r - split) * m.row, m.row, m.col};
+  }
+};
+
 // Lines of K or V that are fetched into L2 ahead of where rows are cut: row after row, or rows r
 // and r + 16 of each 32 together.
 struct FewFetch {
@@ -121,19 +133,26 @@ template <class E> FA_INLINE void cut_words(char* to, const char* low, const cha
 // tile.
 template <class E, bool VALUES> struct FewCutter {
   static constexpr index_t bytes = (VALUES ? 16 : 32) * sizeof(E), column = PIECES<E> * TILE_BYTES;
+  const Matrix rest;
   const char* from;
-  index_t row, high, columns, left, rows = TILE;
+  index_t row, high, columns, left, rows = TILE, split;  // rows before those of `rest`
   char* to;
   FewFetch fetch;
 
-  FA_INLINE_MEMBER FewCutter(const Matrix& m, index_t tiles, const FewFetch& ahead)
-      : from(m.data),
-        row(m.row),
-        high(VALUES ? TILE * m.row : index_t(16 * sizeof(E))),
+  FA_INLINE_MEMBER FewCutter(const FewRows& m, index_t tiles, const FewFetch& ahead)
+      : rest(m.rest),
         columns(tiles),
         left(tiles),
+        split(VALUES ? m.split / 2 : m.split),
         to(nullptr),
-        fetch(ahead) {}
+        fetch(ahead) {
+    begin(m.at(0));
+  }
+  FA_INLINE_MEMBER void begin(const Matrix& m) {
+    from = m.data;
+    row = m.row;
+    high = VALUES ? TILE * m.row : index_t(16 * sizeof(E));
+  }
   FA_INLINE_MEMBER void cut(char* tiles, index_t units) {
     to = tiles;
     for (index_t i = 0; i < units; i++) unit();
@@ -148,13 +167,14 @@ template <class E, bool VALUES> struct FewCutter {
     from += row - columns * bytes;
     to += 64 - columns * column;
     if (VALUES && --rows == 0) from += high, rows = TILE;
+    if (--split == 0) begin(rest);
   }
 };
 
 // s[key][column] = K Q^T for `rows` keys (a multiple of 16), `steps` times 32 elements. `pieces`
 // has room for 32 keys.
 template <class E>
-FA_NOINLINE void few_scores_amx(const Matrix& k, index_t rows, index_t steps, const Operand& q,
+FA_NOINLINE void few_scores_amx(const FewRows& k, index_t rows, index_t steps, const Operand& q,
                                 index_t columns, float* s, char* pieces, FewFetch& fetch) {
   constexpr int P = PIECES<E>;
   constexpr PieceOrder order = piece_order<P, P>();
@@ -188,7 +208,7 @@ FA_NOINLINE void few_scores_amx(const Matrix& k, index_t rows, index_t steps, co
 // sums[row][column] = P V, or where ADD += P V, for `rows` keys (a multiple of 32), `columns` times
 // 16 columns. Before each 32 keys, meanwhile(first key).
 template <class E, bool ADD, class F>
-FA_INLINE void few_values_amx(const Matrix& v, index_t rows, index_t columns, const Operand& p,
+FA_INLINE void few_values_amx(const FewRows& v, index_t rows, index_t columns, const Operand& p,
                               float* sums, char* pieces, FewFetch& fetch, F&& meanwhile) {
   constexpr int P = PIECES<E>;
   constexpr PieceOrder order = piece_order<P, P_PIECES<E>>();
