@@ -28,8 +28,9 @@ FA_NOINLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, in
             });
 }
 
-// P = exp2(S - max) of 32 keys, cut into words, and its sum. RAW: S is what the product gave; its
-// factor is to be applied, and its maximum joins block_max. DROPS: with dropout.
+// P = exp2(S - max) of 32 keys, of which the last 16 are left out if they do not exist, cut into
+// words, and its sum. RAW: S is what the product gave; its factor is to be applied, and its maximum
+// joins block_max. DROPS: with dropout.
 template <class E, bool RAW, bool DROPS>
 FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float factor,
                               const Kept& kept, const Operand& words, Ahead& ahead) {
@@ -37,19 +38,20 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
   constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
   const index_t lanes = b.x->vectors * W<T>;
   const Vec<T> f = splat(factor);
-  for (index_t j = 0; j < lanes; j += W<T>) {
+  const auto queries = [&]<bool BOTH>(index_t j) FA_TILE {  // W queries from lane j on
     const Vec<T> top = load(b.max + j);
     Vec<T> sum = load(b.sum + j), max = load(b.block_max + j);
     const T* at = s + j;
     char* to = words.data + 4 * j;
     for (int i = 0; i < half; i++, at += lanes, to += words.row) {
-      Vec<T> x = load(at), y = load(at + half * lanes);
+      Vec<T> x = load(at), y = BOTH ? load(at + half * lanes) : Vec<T>{};
       if constexpr (RAW) {
         if constexpr (!SCALED_QUERIES<E>) x *= f, y *= f;
-        max = max_or_second<T>(y, max_or_second<T>(x, max));
+        max = max_or_second<T>(x, max);
+        if constexpr (BOTH) max = max_or_second<T>(y, max);
       }
       x = exp2<T>(x - top);
-      y = exp2<T>(y - top);
+      if constexpr (BOTH) y = exp2<T>(y - top);
       sum = (sum + x) + y;
       if constexpr (DROPS) {
         x = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[(i * lanes + j) / W<T>], (__m512)x);
@@ -69,7 +71,10 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
     store(b.sum + j, sum);
     if constexpr (RAW) store(b.block_max + j, max);
     if (!RAW || DROPS) keep_awake();
-  }
+  };
+  const bool both = b.block + key + half < b.k1;
+  for (index_t j = 0; j < lanes; j += W<T>)
+    both ? queries.template operator()<true>(j) : queries.template operator()<false>(j);
 }
 // What was cut into words, put together again.
 FA_INLINE float word_element(const Operand& words, int pieces, index_t key, index_t column) {

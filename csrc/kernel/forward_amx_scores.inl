@@ -147,10 +147,10 @@ FA_NOINLINE void score_strip(const ForwardHead& h, Scored& b, const Matrix& k, c
   Queries<float>& x = *b.x;
   const index_t lanes = x.vectors * W<float>, end = min_index(key + plan.strip, b.high);
   const Operand q = as_words(reinterpret_cast<char*>(x.q), h.d, lanes);
-  multiply_operands<PIECES<E>, PIECES<E>>(
-      end - key, lanes, h.d, {keys.k.data + key * keys.k.row, keys.k.row, keys.k.piece}, q, s,
-      4 * lanes);
   const index_t low = max_index(key, b.k0 - b.block), high = min_index(end, b.k1 - b.block);
+  multiply_operands<PIECES<E>, PIECES<E>>(
+      high - key, lanes, h.d, {keys.k.data + key * keys.k.row, keys.k.row, keys.k.piece}, q, s,
+      4 * lanes);
   if (keys.odd_k || x.odd)
     mend_scores<E>(k, low, high - low, h.q, x.first, x.count, h.d, plan.factor.in_q,
                    s + (low - key) * lanes, lanes);
