@@ -198,6 +198,7 @@ bool attention_backward(Call& c, Loop& loop) {
     if (by_head) return keys_at(b, local, 0, true);
     return keys_at(b, local / key_blocks(b), local % key_blocks(b), false);
   };
+  SharedCovers covers(c);
   const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
                   blocks = key_blocks(b);
@@ -229,6 +230,7 @@ bool attention_backward(Call& c, Loop& loop) {
     head.scale = c.scale;
     head.k_scale = key_scale(c);
     head.rules = c.rules(b, h);
+    head.rules.covers = covers.at(b);
     if (!c.alibi_slopes.empty()) head.alibi_slopes = &c.alibi_slopes[std::size_t(b * c.heads + h)];
     head.visible = visible.data() + turns.first[std::size_t(b)];
     head.wait_for_turn = wait_for_turn;

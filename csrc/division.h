@@ -68,6 +68,26 @@ struct Numbering {
   }
 };
 
+// What a mask says of its blocks, of each sample, where several heads share one.
+class SharedCovers {
+ public:
+  explicit SharedCovers(const Call& c) : call_(c) {
+    if (!c.mask.data || c.mask.head != 0 || c.mask.row == 0 || c.heads < 2) return;
+    for (std::size_t b = 0; b < std::size_t(c.batch); b++)
+      first_.add(ceil_div(c.sq[b], COVER_ROWS) * ceil_div(c.sk[b], COVER_KEYS));
+    said_.resize(std::size_t(first_.total()));
+  }
+  Covers at(index_t b) {
+    const std::size_t i = std::size_t(b);
+    return {said_.empty() ? nullptr : said_.data() + first_.first[i], call_.sq[i], call_.sk[i]};
+  }
+
+ private:
+  const Call& call_;
+  Numbering first_;
+  std::vector<std::uint8_t> said_;
+};
+
 // Runs body(task) with tasks too small to be worth an atomic operation put together.
 template <class F> bool run_tasks(index_t tasks, double flops, int threads, Loop& loop, F&& body) {
   const double each = flops / double(std::max<index_t>(tasks, 1));

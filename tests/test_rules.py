@@ -119,6 +119,23 @@ def test_blocks_of_keys_and_queries_that_see_nothing(isa):
     assert_accurate(fused(p), p)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rules", [{}, {"is_causal": True, "q_offset": 150}, {"window": (70, 90)}])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_mask_of_blocks_that_heads_share(isa, dtype, rules, lead):
+    rng, sq, sk = np.random.default_rng(0), 150, 300
+    blocks = rng.choice([0.0, 0.5, 1.0], (*lead, 1, -(-sq // 16), -(-sk // 128)))
+    chances = blocks.repeat(16, -2).repeat(128, -1)[..., :sq, :sk]
+    mask = rng.random(chances.shape) < chances
+    sizes = SIZES | {"lead": lead, "sq": sq, "sk": sk}
+    own = np.broadcast_to(mask, (*lead, 4, sq, sk)).copy()
+    shared, each = (make(sizes, dtype=dtype, rules=rules | {"mask": m}) for m in (mask, own))
+    got = fused(shared)
+    assert_accurate(got, shared)
+    for name, x in fused(each).items():
+        np.testing.assert_array_equal(got[name], x)
+
+
 @pytest.mark.parametrize("need", [("q",), ("k",), ("v",), ("q", "v"), ("k", "v"), ("q", "k"), ()])
 def test_only_what_is_needed(isa, need):
     p = make(SIZES, rules={"is_causal": True})

@@ -89,11 +89,11 @@ FA_INLINE uint32_t segment_bits(const Segments& segments, index_t q, index_t k, 
 }
 
 // What cell (r, c) sees; `inside`: the intervals of all its queries hold all of its keys.
-FA_NOINLINE Sight look_at_cell(BackwardAmx& b, const Rules& rules, int r, int c, bool inside) {
+FA_NOINLINE Sight look_at_cell(BackwardAmx& b, const Rules& rules, bool use_mask, int r, int c,
+                               bool inside) {
   const index_t key = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
   uint32_t* allowed = b.allowed[r][c];
-  if (inside && n == CELL && r * CELL + CELL <= b.nq && !rules.mask.data &&
-      !rules.segments.q_number) {
+  if (inside && n == CELL && r * CELL + CELL <= b.nq && !use_mask && !rules.segments.q_number) {
     __builtin_memset(allowed, 0xff, CELL * sizeof(uint32_t));
     return Sight::all;
   }
@@ -107,7 +107,7 @@ FA_NOINLINE Sight look_at_cell(BackwardAmx& b, const Rules& rules, int r, int c,
         const Interval keys = visible_keys(rules, q);
         bits &= bit_range(keys.low - key, keys.high - key);
       }
-      if (rules.mask.data) bits &= mask_bits(rules.mask, q, key, n);
+      if (use_mask) bits &= mask_bits(rules.mask, q, key, n);
       if (rules.segments.q_number) bits &= segment_bits(rules.segments, q, key, n);
     }
     allowed[i] = bits;
@@ -130,8 +130,13 @@ FA_NOINLINE bool look(BackwardAmx& b, const Rules& rules) {
       const index_t low = b.k0 + c * CELL, high = min_index(low + CELL, k_end);
       Sight& sight = b.sight[r][c];
       sight = Sight::none;
-      if (span.any.low < high && span.any.high > low)
-        sight = look_at_cell(b, rules, r, c, span.all.low <= low && span.all.high >= high);
+      if (span.any.low >= high || span.any.high <= low) continue;
+      const Cover cover = !rules.mask.data    ? Cover::all
+                          : rules.covers.said ? shared_cover(rules, begin, end - begin, low)
+                                              : Cover::some;
+      if (cover == Cover::none) continue;
+      sight = look_at_cell(b, rules, cover == Cover::some, r, c,
+                           span.all.low <= low && span.all.high >= high);
       if (sight == Sight::none) continue;
       any = true;
       add_to_runs(b.rows[c], r);

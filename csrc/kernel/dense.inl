@@ -107,9 +107,12 @@ template <class T> FA_NOINLINE void read_covers(const Matrix& mask, Queries<T>& 
   x.covered = block;
   x.uncovered = block + COVERS * KEY_BLOCK;
 }
-template <class T> FA_INLINE Cover cover_of(const Matrix& mask, Queries<T>& x, index_t block) {
-  if (!mask.data) return Cover::all;
-  if (block >= x.uncovered) read_covers<T>(mask, x, block);
+template <class T> FA_INLINE Cover cover_of(const Rules& rules, Queries<T>& x, index_t block) {
+  static_assert(KEY_BLOCK == COVER_KEYS);
+  if (!rules.mask.data) return Cover::all;
+  if (rules.covers.said && x.first % COVER_ROWS == 0)
+    return shared_cover(rules, x.first, x.count, block);
+  if (block >= x.uncovered) read_covers<T>(rules.mask, x, block);
   return x.cover[(block - x.covered) / KEY_BLOCK];
 }
 

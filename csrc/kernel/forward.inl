@@ -70,7 +70,7 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
                                Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
   const Factors factors = logit_factors<T>(h.scale, h.rules);
-  const Cover cover = cover_of<T>(h.rules.mask, x, block);
+  const Cover cover = cover_of<T>(h.rules, x, block);
   if (cover == Cover::none) return;
   const bool use_mask = cover == Cover::some;
   alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];

@@ -104,7 +104,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       const index_t k0 = max_index(block, x.keys.any.low),
                     k1 = min_index(block + rows, x.keys.any.high);
       if (k0 >= k1) continue;
-      const Cover cover = cover_of<T>(h.rules.mask, x, block);
+      const Cover cover = cover_of<T>(h.rules, x, block);
       if (cover == Cover::none) continue;
       b.use_mask = cover == Cover::some;
       b.bias = h.rules.bias;

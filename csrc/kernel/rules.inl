@@ -94,6 +94,28 @@ FA_INLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t k
   return seen.cover();
 }
 
+// The same of queries [q0, q0 + nq), q0 a multiple of COVER_ROWS, and the keys of the block that
+// `key` lies in, from what heads share.
+FA_NOINLINE Cover shared_cover(const Rules& rules, index_t q0, index_t nq, index_t key) {
+  const Covers& c = rules.covers;
+  const index_t blocks = (c.sk + COVER_KEYS - 1) / COVER_KEYS, block = key / COVER_KEYS;
+  bool any = false, all = true;
+  for (index_t q = q0; q < q0 + nq; q += COVER_ROWS) {
+    uint8_t& said = c.said[q / COVER_ROWS * blocks + block];
+    uint8_t known = __atomic_load_n(&said, __ATOMIC_RELAXED);
+    if (known == 0) {  // others may look at the same time, and find the same
+      const index_t k0 = block * COVER_KEYS;
+      known = uint8_t(mask_cover(rules.mask, q, min_index(COVER_ROWS, c.sq - q), k0,
+                                 min_index(COVER_KEYS, c.sk - k0))) +
+              1;
+      __atomic_store_n(&said, known, __ATOMIC_RELAXED);
+    }
+    any |= Cover(known - 1) != Cover::none;
+    all &= Cover(known - 1) == Cover::all;
+  }
+  return all ? Cover::all : any ? Cover::some : Cover::none;
+}
+
 // Is there something to add to the logits, or to be told pair by pair?
 FA_INLINE bool has_dense(const Rules& rules, bool use_mask) {
   return use_mask || rules.bias.data || rules.alibi_slope != 0 || rules.segments.q_number;

@@ -40,6 +40,14 @@ struct Dropout {
   double scale;  // of what is kept, 1 / (1 - p)
 };
 
+// What a mask says of each COVER_ROWS queries and COVER_KEYS keys, for all heads that share it:
+// kernels write down what they find. 0: nobody has looked yet, else a Cover and 1 (rules.inl).
+inline constexpr index_t COVER_ROWS = 16, COVER_KEYS = 128;
+struct Covers {
+  std::uint8_t* said;  // row after row of blocks; null: not shared
+  index_t sq, sk;
+};
+
 // Which keys a query may see, and what becomes of its logits and probabilities. Interval rules
 // first; a dense part if need be.
 struct Rules {
@@ -49,6 +57,7 @@ struct Rules {
   index_t kv_length;    // keys at and beyond it are padding; at most sk
   Segments segments;
   Matrix mask;     // (sq, sk) of bytes, 0 = masked; data null if there is none
+  Covers covers;   // of the mask
   Matrix bias;     // (sq, sk) of the element type, natural-log units; data null if there is none
   double softcap;  // logits become softcap * tanh(logits / softcap); 0: they do not
   double alibi_slope;  // logits fall by it with each position between query and key
