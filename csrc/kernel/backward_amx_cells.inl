@@ -185,19 +185,16 @@ FA_INLINE Vec<float> only(uint32_t pairs, Vec<float> x) {
   return (Vec<float>)_mm512_maskz_mov_ps(__mmask16(pairs), (__m512)x);
 }
 
-// Of query q and the keys from k on, n of which exist. keep: dropout's 0 or 1.
+// Of query q and the keys from k on, n of which exist. `bent`: tanh of the logit, with a softcap.
+// keep: dropout's 0 or 1.
 template <class E, Kind KIND>
-FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<float> dp,
-                                       Vec<float> l, Vec<float> dl, uint32_t pairs, index_t q,
-                                       index_t k, index_t n, const float* keep) {
+FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<float> bent,
+                                       Vec<float> dp, Vec<float> l, Vec<float> dl, uint32_t pairs,
+                                       index_t q, index_t k, index_t n, const float* keep) {
   using T = float;
-  s *= x.factor;
+  s = x.bends ? x.cap * bent : s * x.factor;
   Vec<T> slope{}, add{};
-  if (x.bends) {
-    const Vec<T> t = tanh<T>(s);
-    slope = splat(1.0f) - t * t;
-    s = x.cap * t;
-  }
+  if (x.bends) slope = splat(1.0f) - bent * bent;
   if (x.slanted) add = alibi<T>(x.slope, lane_numbers<T>(), splat(T(q + x.rules.q_offset - k)));
   if (x.biased) {
     const Matrix& m = x.rules.bias;
@@ -230,6 +227,13 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
   for (index_t i = 0; i < CELL / 2; i++) {
     if (KIND > Kind::some && i % 4 == 0) keep_awake();
     Cut<P> p[2][2] = {}, ds[2][2] = {};  // of queries i and i + 16, two vectors of keys
+    Vec<T> bent[4] = {};
+    if (x.bends) {
+      FA_UNROLL
+      for (int v = 0; v < 4; v++)
+        bent[v] = load(b.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor;
+      tanh_in_step<T>(bent);
+    }
     FA_UNROLL
     for (int h = 0; h < 2; h++) {
       const index_t in_cell = i + h * CELL / 2, q = r * CELL + in_cell;
@@ -242,8 +246,9 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
         const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
         PairGradients g{};
         if (KIND == Kind::all || own)
-          g = pair_gradients<E, KIND>(x, load(b.s + at), NEED_DS ? load(b.dp + at) : Vec<T>{}, l,
-                                      dl, own, b.q0 + q, b.k0 + key, b.nk - key, b.keep + at);
+          g = pair_gradients<E, KIND>(x, load(b.s + at), bent[2 * h + y],
+                                      NEED_DS ? load(b.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
+                                      b.k0 + key, b.nk - key, b.keep + at);
         if (KIND == Kind::ruled && odd) store(b.s + at, g.p), store(b.bent + at, g.bent);
         p[h][y] = cut_computed<P>(g.p);
         if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
