@@ -127,36 +127,53 @@ template <int MI, int NJ> FA_INLINE void store_tiles(float* c, index_t row) {
     asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(p + 64), "r"(row) : "memory");
 }
 
-// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. Small products first, in an
-// order that follows X's pieces: those of a, or where SWAP those of b. So x y and y x have the
-// same bits.
+// The order of the products of pieces, small ones first. From one to the next one piece changes.
+struct PieceOrder {
+  int n = 0, x[6] = {}, y[6] = {};
+  constexpr void add(int i, int j) { x[n] = i, y[n++] = j; }
+  constexpr bool new_x(int t) const { return t == 0 || x[t] != x[t - 1]; }
+  constexpr bool new_y(int t) const { return t == 0 || y[t] != y[t - 1]; }
+};
+template <int PX, int PY> constexpr PieceOrder piece_order() {
+  PieceOrder o;
+  const int first = PX == 1 ? PY - 1 : 0;
+  if (PX == 3) o.add(2, first);
+  if (PX > 1) o.add(1, first);
+  if (PX > 1 && PY > 1) o.add(1, 1);
+  o.add(0, PX > 1 && PY > 1 ? 1 : first);
+  if (PX > 1 && PY == 3) o.add(0, 2);
+  if (PX == 1 && PY == 3) o.add(0, 1);
+  if (PY > 1) o.add(0, 0);
+  return o;
+}
+// f<0>(), f<1>() and so on.
+template <class F, int... I> FA_INLINE void unrolled(F&& f, Seq<I...>) {
+  (f.template operator()<I>(), ...);
+}
+template <int N, class F> FA_INLINE void unrolled(F&& f) {
+  unrolled(f, typename MakeSeq<N>::type{});
+}
+
+// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. The order of products follows
+// X's pieces: those of a, or where SWAP those of b. So x y and y x have the same bits.
 template <int PA, int PB, int MI, int NJ, bool SWAP = false, bool ADD = false, class Work = Nothing>
 FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
                             index_t c_row, Work work = {}) {
-  constexpr int PX = SWAP ? PB : PA, PY = SWAP ? PA : PB;
+  constexpr PieceOrder order = SWAP ? piece_order<PB, PA>() : piece_order<PA, PB>();
   if constexpr (ADD)
     load_sums<MI, NJ>(c, c_row);
   else
     clear_tiles<MI, NJ>();
   const char *ap = a.data, *bp = b.data;
-  for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row) {
-    const auto load_piece = [&](bool rows, int piece) __attribute__((always_inline)) {
-      if (rows)
-        load_rows_tiles<MI>(ap + piece * a.piece, a.row);
-      else
-        load_words_tiles<NJ>(bp + piece * b.piece, b.row);
-    };
-    const auto x = [&](int piece) __attribute__((always_inline)) { load_piece(!SWAP, piece); };
-    const auto y = [&](int piece) __attribute__((always_inline)) { load_piece(SWAP, piece); };
-    y(PX == 1 ? PY - 1 : 0);
-    if constexpr (PX == 3) x(2), multiply_tiles<MI, NJ>(work);
-    if constexpr (PX > 1) x(1), multiply_tiles<MI, NJ>(work);
-    if constexpr (PX > 1 && PY > 1) y(1), multiply_tiles<MI, NJ>(work);
-    x(0), multiply_tiles<MI, NJ>(work);
-    if constexpr (PX > 1 && PY == 3) y(2), multiply_tiles<MI, NJ>(work);
-    if constexpr (PX == 1 && PY == 3) y(1), multiply_tiles<MI, NJ>(work);
-    if constexpr (PY > 1) y(0), multiply_tiles<MI, NJ>(work);
-  }
+  for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row)
+    unrolled<order.n>([&]<int T>() FA_TILE {
+      constexpr bool new_a = SWAP ? order.new_y(T) : order.new_x(T),
+                     new_b = SWAP ? order.new_x(T) : order.new_y(T);
+      constexpr int i = SWAP ? order.y[T] : order.x[T], j = SWAP ? order.x[T] : order.y[T];
+      if constexpr (new_a) load_rows_tiles<MI>(ap + i * a.piece, a.row);
+      if constexpr (new_b) load_words_tiles<NJ>(bp + j * b.piece, b.row);
+      multiply_tiles<MI, NJ>(work);
+    });
   store_tiles<MI, NJ>(c, c_row);
 }
 

@@ -1,5 +1,5 @@
-// Forward for a few queries on tiles: few.inl's softmax, row by row, between products that have the
-// bits of forward_amx.inl's (few_amx_tiles.inl):
+// Forward for a few queries on tiles: the softmax of few_rows.inl, row by row, between products
+// that have the bits of forward_amx.inl's (few_amx_tiles.inl):
 //
 //   S^T [keys x rows] = rows of K, words of Q^T;   O [rows x dv] = rows of P, words of V
 //

@@ -26,34 +26,6 @@ struct FewTiles {
   }
 };
 
-// The order of tile_product's products: pieces of X and Y.
-struct PieceOrder {
-  int n = 0, x[6] = {}, y[6] = {};
-  constexpr void add(int i, int j) { x[n] = i, y[n++] = j; }
-};
-template <int PX, int PY> constexpr PieceOrder piece_order() {
-  PieceOrder o;
-  const int first = PX == 1 ? PY - 1 : 0;
-  if (PX == 3) o.add(2, first);
-  if (PX > 1) o.add(1, first);
-  if (PX > 1 && PY > 1) o.add(1, 1);
-  o.add(0, PX > 1 && PY > 1 ? 1 : first);
-  if (PX > 1 && PY == 3) o.add(0, 2);
-  if (PX == 1 && PY == 3) o.add(0, 1);
-  if (PY > 1) o.add(0, 0);
-  return o;
-}
-
-template <int I> struct Index {
-  static constexpr int value = I;
-};
-template <class F, int... I> FA_INLINE void unrolled(F&& f, Seq<I...>) {
-  (f(Index<I>{}), ...);
-}
-template <int N, class F> FA_INLINE void unrolled(F&& f) {
-  unrolled(f, typename MakeSeq<N>::type{});
-}
-
 template <int T> FA_INLINE void load_tile(const char* p, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row), "i"(T) : "memory");
 }
@@ -188,11 +160,10 @@ FA_NOINLINE void few_scores_amx(const FewRows& k, index_t rows, index_t steps, c
     cutter.to = next;
     asm volatile("tilezero %tmm0");
     for (index_t c = 0; c < steps; c++, x += P * TILE_BYTES, words += TILE * q.row)
-      unrolled<order.n>([&](auto index) __attribute__((always_inline)) {
-        constexpr int t = decltype(index)::value, px = order.x[t], py = order.y[t];
-        if constexpr (t == 0 || py != order.y[t - (t > 0)])
-          load_tile<2>(words + py * q.piece, q.row);
-        if constexpr (t == 0 || px != order.x[t - (t > 0)]) load_tile<3>(x + px * TILE_BYTES, 64);
+      unrolled<order.n>([&]<int T>() FA_TILE {
+        constexpr int px = order.x[T], py = order.y[T];
+        if constexpr (order.new_y(T)) load_tile<2>(words + py * q.piece, q.row);
+        if constexpr (order.new_x(T)) load_tile<3>(x + px * TILE_BYTES, 64);
         multiply_tile_pair<0, 3, 2>();
         constexpr int units = TILE / order.n + 1;
         for (int j = 0; j < units && left > 0; j++, left--) cutter.unit();
@@ -232,11 +203,10 @@ FA_INLINE void few_values_amx(const FewRows& v, index_t rows, index_t columns, c
         asm volatile("tilezero %tmm7");
       }
       const char* x = now + c * P * TILE_BYTES;
-      unrolled<order.n>([&](auto index) __attribute__((always_inline)) {
-        constexpr int t = decltype(index)::value, px = order.x[t], py = order.y[t];
-        if constexpr (t == 0 || py != order.y[t - (t > 0)])
-          load_tile<5>(p.data + 2 * i + py * p.piece, p.row);
-        if constexpr (t == 0 || px != order.x[t - (t > 0)]) {
+      unrolled<order.n>([&]<int T>() FA_TILE {
+        constexpr int px = order.x[T], py = order.y[T];
+        if constexpr (order.new_y(T)) load_tile<5>(p.data + 2 * i + py * p.piece, p.row);
+        if constexpr (order.new_x(T)) {
           load_tile<3>(x + px * TILE_BYTES, 64);
           if (two) load_tile<4>(x + (P + px) * TILE_BYTES, 64);
         }

@@ -92,26 +92,16 @@ inline constexpr index_t CALLS = 12;
 template <int MI, int NJ, class F>
 FA_INLINE void multiply_bands(const char* a, const char* b, index_t steps, float* sums,
                               F&& between) {
+  constexpr PieceOrder order = piece_order<3, 3>();
   clear_tiles<MI, NJ>();
-  for (; steps > 0; steps--, a += STEP_BYTES, b += STEP_BYTES) {
-    const auto rows = [&](int piece) __attribute__((always_inline)) {
-      load_rows_tiles<MI>(a + piece * PIECE_BYTES, 64);
-    };
-    const auto words = [&](int piece) __attribute__((always_inline)) {
-      load_words_tiles<NJ>(b + piece * PIECE_BYTES, 128);
-    };
-    const auto multiply = [&]() __attribute__((always_inline)) {
+  for (; steps > 0; steps--, a += STEP_BYTES, b += STEP_BYTES)
+    unrolled<order.n>([&]<int T>() FA_TILE {
+      if constexpr (order.new_x(T)) load_rows_tiles<MI>(a + order.x[T] * PIECE_BYTES, 64);
+      if constexpr (order.new_y(T)) load_words_tiles<NJ>(b + order.y[T] * PIECE_BYTES, 128);
       multiply_tiles<1, NJ>(), between();
       if (MI == 2) multiply_lower_tiles<NJ>();
       between();
-    };
-    rows(2), words(0), multiply();
-    rows(1), multiply();
-    words(1), multiply();
-    rows(0), multiply();
-    words(2), multiply();
-    words(0), multiply();
-  }
+    });
   store_tiles<MI, NJ>(sums, BAND * sizeof(float));
 }
 

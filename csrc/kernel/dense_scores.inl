@@ -1,0 +1,109 @@
+// What the dense part does to scores: made in registers and added there, or added from a tile that
+// was made before.
+
+// S += dense, -inf where dense is -inf whatever S was; the maximum over keys joins max_io.
+template <class T> struct Adding {
+  static constexpr int chains = 2;  // that need not wait for each other
+  Vec<T> max[chains], any[chains];
+
+  FA_INLINE_MEMBER void load_from(const T* max_io, const T* seen) {
+    for (int i = 0; i < chains; i++) max[i] = load(max_io), any[i] = load(seen);
+  }
+  // FINITE: no part of dense is -inf.
+  template <bool FINITE = false> FA_INLINE_MEMBER void add(T* at, Vec<T> dense, int chain) {
+    if constexpr (FINITE) {
+      const Vec<T> s = load(at) + dense;
+      max[chain] = max_or_second<T>(s, max[chain]);
+      store(at, s);
+      any[chain] = splat(T(1));
+      return;
+    }
+    const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+    const Vec<T> s = dense == minus_inf ? minus_inf : load(at) + dense;
+    any[chain] = dense == minus_inf ? any[chain] : splat(T(1));
+    max[chain] = max_or_second<T>(s, max[chain]);
+    store(at, s);
+  }
+  FA_INLINE_MEMBER void store_to(T* max_io, T* seen) const {
+    store(max_io, max_or_second<T>(max[1], max[0]));
+    store(seen, max_or_second<T>(any[1], any[0]));
+  }
+};
+template <class T, int NQ>
+FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T* seen) {
+  FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    Adding<T> sums;
+    sums.load_from(max_io + j * W<T>, seen + j * W<T>);
+    index_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+      sums.add(p + (i * NQ + j) * W<T>, dense_at(dense, i, j), 0);
+      sums.add(p + ((i + 1) * NQ + j) * W<T>, dense_at(dense, i + 1, j), 1);
+    }
+    if (i < n) sums.add(p + (i * NQ + j) * W<T>, dense_at(dense, i, j), 0);
+    sums.store_to(max_io + j * W<T>, seen + j * W<T>);
+  }
+}
+
+// The same of a mask alone, for queries that may see all keys but those it hides.
+template <class T>
+FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1, T* p,
+                            T* max_io) {
+  using Int = typename Bits<T>::type;
+  constexpr index_t at_once = FUSEDATTN_VECTOR_BYTES, size = sizeof(T);
+  const index_t lanes = x.vectors * W<T>;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    DenseColumn<T> column;
+    for (int i = 0; i < W<T>; i++) column.query[i] = x.first + min_index(r + i, x.count - 1);
+    keep_awake();
+    Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
+    IntVec<T> any{};
+    T* at = p + r;
+    for (index_t key = k0; key < k1; key += at_once) {
+      Vec<T> words[W<T>];
+      transpose_mask<T>(rules.mask, column, key, k1, words);
+      for (index_t j = 0; j < min_index(at_once, k1 - key); j++, at += lanes) {
+        const IntVec<T> byte = (IntVec<T>)words[j / size] & (Int(0xff) << (8 * (j % size)));
+        const Vec<T> s = byte == 0 ? minus_inf : load(at);
+        any |= byte;
+        max[j % 2] = max_or_second<T>(s, max[j % 2]);
+        store(at, s);
+      }
+    }
+    store(max_io + r, max_or_second<T>(max[1], max[0]));
+    store(x.seen + r, any == 0 ? load(x.seen + r) : splat(T(1)));
+  }
+}
+
+// The same without a tile in between.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
+                                    bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
+  const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
+  if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
+  const index_t lanes = x.vectors * W<T>;
+  const auto run = [&]<bool FINITE>() FA_TILE {
+    for_dense<E>(rules, x, use_mask, ragged, k0, k1,
+                 [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
+                   Adding<T> sums;
+                   sums.load_from(max_io + r, x.seen + r);
+                   FA_UNROLL
+                   for (int j = 0; j < W<T>; j++)
+                     if (c + j < k1 - k0)
+                       sums.template add<FINITE>(p + (c + j) * lanes + r, t[j], j % 2);
+                   sums.store_to(max_io + r, x.seen + r);
+                 });
+  };
+  if (ragged || use_mask || rules.bias.data || rules.segments.q_number || (k1 - k0) % W<T> != 0)
+    run.template operator()<false>();
+  else  // ALiBi alone
+    run.template operator()<true>();
+}
+template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
+  for (index_t i = 0; i < n; i++) FA_UNROLL
+  for (int j = 0; j < NQ; j++) {
+    T* at = p + (i * NQ + j) * W<T>;
+    store(at, dense_at(dense, i, j) == splat(-Bits<T>::infinity) ? splat(T(-1)) : load(at));
+  }
+}
