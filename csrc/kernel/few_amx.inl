@@ -269,6 +269,7 @@ static void forward_few_amx(const ForwardHead* heads, index_t group, void* scrat
     for (int r = 0; r < count; r++) {
       rows[r].p = x.p + r * x.p_row + before;
       few_exponentials<E>(rows[r], r, k0, n, before, x.p_cut);
+      if (r % 4 == 3) keep_awake();
     }
     few_values_of_block<E>(rows, count, v, before, n, tiles, v_fetch, x);
   }
