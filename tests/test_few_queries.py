@@ -232,3 +232,14 @@ def test_first_keys_that_some_queries_see_late(isa, dtype):
     p.rules["bias"] = np.broadcast_to(p.rules["bias"], (2, 6, 300)).copy()
     p.rules["mask"] = p.rules["mask"][None, None]
     assert_tiled_bits(p)
+
+
+@pytest.mark.parametrize("slope", [1e30, 1e33, 1e36])
+def test_slopes_that_leave_the_range_of_float32(isa, slope):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, 64, 64), dtype=np.float32) for _ in range(3))
+    rules = {"alibi_slopes": np.array([slope], np.float32), "return_lse": True}
+    many = fusedattn.attention(q, k, v, q_offset=100_000, **rules)
+    one = fusedattn.attention(q[:, :, 40:41], k, v, q_offset=100_040, **rules)
+    for all_rows, row in zip(many, one, strict=True):
+        np.testing.assert_array_equal(all_rows[:, :, 40:41], row)

@@ -76,6 +76,15 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   }
 }
 
+// Does ALiBi stay a number as far as these queries and keys lie apart?
+template <class T>
+FA_INLINE bool is_finite_alibi(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1) {
+  const index_t position = x.first + rules.q_offset;
+  const double apart = double(max_index(position + x.count - k0, k1 - position)),
+               slope = rules.alibi_slope < 0 ? -rules.alibi_slope : rules.alibi_slope;
+  return slope * LOG2E * apart < double(-Bits<T>::lowest) / 2;
+}
+
 // The same without a tile in between.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
@@ -95,10 +104,10 @@ FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, boo
                    sums.store_to(max_io + r, x.seen + r);
                  });
   };
-  if (ragged || use_mask || rules.bias.data || rules.segments.q_number || (k1 - k0) % W<T> != 0)
-    run.template operator()<false>();
-  else  // ALiBi alone
-    run.template operator()<true>();
+  const bool alone = !ragged && !use_mask && !rules.bias.data && !rules.segments.q_number;
+  alone && (k1 - k0) % W<T> == 0 && is_finite_alibi(rules, x, k0, k1)
+      ? run.template operator()<true>()
+      : run.template operator()<false>();
 }
 template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
   for (index_t i = 0; i < n; i++) FA_UNROLL
