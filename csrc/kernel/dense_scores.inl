@@ -63,12 +63,18 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
     for (index_t key = k0; key < k1; key += at_once) {
       Vec<T> words[W<T>];
       transpose_mask<T>(rules.mask, column, key, k1, words);
-      for (index_t j = 0; j < min_index(at_once, k1 - key); j++, at += lanes) {
-        const IntVec<T> byte = (IntVec<T>)words[j / size] & (Int(0xff) << (8 * (j % size)));
-        const Vec<T> s = byte == 0 ? minus_inf : load(at);
-        any |= byte;
-        max[j % 2] = max_or_second<T>(s, max[j % 2]);
-        store(at, s);
+      const index_t n = min_index(at_once, k1 - key);
+      for (index_t j = 0; j < n; j += size) {
+        const IntVec<T> word = (IntVec<T>)words[j / size];
+        any |= word;  // bytes beyond the last key are 0
+        FA_UNROLL
+        for (int i = 0; i < int(size); i++) {
+          if (j + i >= n) break;
+          const Vec<T> s = (word & (Int(0xff) << (8 * i))) == 0 ? minus_inf : load(at);
+          max[i % 2] = max_or_second<T>(s, max[i % 2]);
+          store(at, s);
+          at += lanes;
+        }
       }
     }
     store(max_io + r, max_or_second<T>(max[1], max[0]));
