@@ -27,12 +27,12 @@ def plot_shares(results: Sequence[Result], path: Path, *, title: str = "") -> No
     title : str, optional
         A line above the plots.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     directions = list(dict.fromkeys(r.direction for r in results))
-    figure = Figure(figsize=(6 * len(directions), 1.2 + 0.5 * len(results) / len(directions)))
-    FigureCanvasAgg(figure)
+    figure = Figure(
+        figsize=(6 * len(directions), 1.2 + 0.5 * len(results) / len(directions)), layout="tight"
+    )
     panels = figure.subplots(1, len(directions), squeeze=False)[0]
     for panel, direction in zip(panels, directions, strict=True):
         rows = [r for r in results if r.direction == direction][::-1]
@@ -47,7 +47,6 @@ def plot_shares(results: Sequence[Result], path: Path, *, title: str = "") -> No
         panel.grid(axis="x", alpha=0.3)
     panels[0].legend(loc="upper right", bbox_to_anchor=(1.0, 1.12), ncols=3, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
@@ -67,11 +66,9 @@ def plot_roofline(results: Sequence[Result], path: Path, *, title: str = "") -> 
     title : str, optional
         A line above the plot.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6))
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(9, 6), layout="tight")
     axes = figure.subplots()
     bandwidth = max(r.limits.bytes for r in results)
     intensities = [r.intensity for r in results]
@@ -100,7 +97,6 @@ def plot_roofline(results: Sequence[Result], path: Path, *, title: str = "") -> 
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right", frameon=False)
     axes.set_title(f"{title}\nfilled ours, open PyTorch's; circles forward, triangles backward")
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
@@ -120,11 +116,9 @@ def plot_lengths(
     title : str, optional
         A line above the plots.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5))
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(11, 4.5), layout="tight")
     time, memory = figure.subplots(1, 2)
     s = [p.s for p in points]
     for direction, slope in slopes.items():
@@ -143,7 +137,6 @@ def plot_lengths(
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
@@ -159,11 +152,9 @@ def plot_scaling(curves: Sequence[Scaling], path: Path, *, title: str = "") -> N
     title : str, optional
         A line above the plot.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5))
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(7, 5), layout="tight")
     axes = figure.subplots()
     for c in curves:
         kind = "" if c.case.dtype == "float32" else f" {c.case.dtype}"
@@ -186,5 +177,4 @@ def plot_scaling(curves: Sequence[Scaling], path: Path, *, title: str = "") -> N
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.set_title(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
