@@ -11,16 +11,13 @@ template <class T> struct Adding {
   }
   // FINITE: no part of dense is -inf.
   template <bool FINITE = false> FA_INLINE_MEMBER void add(T* at, Vec<T> dense, int chain) {
-    if constexpr (FINITE) {
-      const Vec<T> s = load(at) + dense;
-      max[chain] = max_or_second<T>(s, max[chain]);
-      store(at, s);
-      any[chain] = splat(T(1));
-      return;
-    }
     const Vec<T> minus_inf = splat(-Bits<T>::infinity);
-    const Vec<T> s = dense == minus_inf ? minus_inf : load(at) + dense;
-    any[chain] = dense == minus_inf ? any[chain] : splat(T(1));
+    Vec<T> s = load(at) + dense, seen = splat(T(1));
+    if constexpr (!FINITE) {
+      s = dense == minus_inf ? minus_inf : s;
+      seen = dense == minus_inf ? any[chain] : seen;
+    }
+    any[chain] = seen;
     max[chain] = max_or_second<T>(s, max[chain]);
     store(at, s);
   }

@@ -53,6 +53,14 @@ FA_INLINE Wide wide_numbers() {
   return v;
 }
 
+// The counters of keys 4 * group to 4 * group + 3 and a query.
+FA_INLINE void begin_counters(Wide (&c)[4], Wide group, Wide query, const Dropout& drop) {
+  c[0] = group;
+  c[1] = query;
+  c[2] = Wide{} + uint64_t(drop.head);
+  c[3] = Wide{} + uint64_t(drop.batch);
+}
+
 // f(key, lane, words): the random words of 2 * WIDE queries from `lane` on, for keys [0, n) from k0
 // on and `lanes` queries from `first` on, or a few more. Even queries and odd ones have vectors of
 // their own, which make one of words.
@@ -63,12 +71,9 @@ FA_INLINE void for_words(const Dropout& drop, index_t first, index_t lanes, inde
     for (index_t r = 0; r < lanes; r += 2 * WIDE) {
       Wide c[2][4];
       FA_UNROLL
-      for (int i = 0; i < 2; i++) {
-        c[i][0] = Wide{} + uint64_t(group);
-        c[i][1] = wide_numbers() * 2 + uint64_t(first + r + i);
-        c[i][2] = Wide{} + uint64_t(drop.head);
-        c[i][3] = Wide{} + uint64_t(drop.batch);
-      }
+      for (int i = 0; i < 2; i++)
+        begin_counters(c[i], Wide{} + uint64_t(group), wide_numbers() * 2 + uint64_t(first + r + i),
+                       drop);
       philox(c, drop.seed);
       FA_UNROLL
       for (int w = 0; w < 4; w++) {
@@ -114,12 +119,9 @@ FA_NOINLINE void keep_rows(const Dropout& drop, index_t query, index_t k0, index
   for (index_t k = 0; k < n; k += 4 * WIDE) {
     Wide c[2][4];
     FA_UNROLL
-    for (int i = 0; i < 2; i++) {
-      c[i][0] = wide_numbers() + uint64_t((k0 + k) / 4);
-      c[i][1] = Wide{} + uint64_t(query + i);
-      c[i][2] = Wide{} + uint64_t(drop.head);
-      c[i][3] = Wide{} + uint64_t(drop.batch);
-    }
+    for (int i = 0; i < 2; i++)
+      begin_counters(c[i], wide_numbers() + uint64_t((k0 + k) / 4), Wide{} + uint64_t(query + i),
+                     drop);
     philox(c, drop.seed);
     FA_UNROLL
     for (int r = 0; r < 2; r++) {
