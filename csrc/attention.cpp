@@ -63,6 +63,12 @@ SegmentTable::SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_id
     for (index_t j = 0; j < sk; j++) k_number.push_back(runs.at(k_ids[j]).number);
 }
 
+namespace {
+bool are_equal(const std::vector<index_t>& v) {
+  return std::all_of(v.begin(), v.end(), [&](index_t x) { return x == v[0]; });
+}
+}  // namespace
+
 bool attention_forward(const Call& c, Loop& loop) {
   const Kernels& kernels = kernels_of(c);
   const double flops = 2.0 * pairs(c) * double(c.d + c.d_v);
@@ -111,13 +117,21 @@ bool attention_forward(const Call& c, Loop& loop) {
   struct Place {
     index_t b, h, g, begin, end;
   };
+  // Where samples share what lies dense over a head, they come one after the other: all but the
+  // first find it in the cache.
+  const auto is_shared = [&](const Tensor& t) {
+    return t.data && t.head != 0 && t.row != 0 && c.batch > 1 && are_equal(t.batch);
+  };
+  const bool samples_together =
+      (is_shared(c.bias) || is_shared(c.mask)) && are_equal(c.sq) && are_equal(c.sk) && !is_few(0);
   const auto place = [&](index_t task) -> Place {
+    if (samples_together) task = task % c.batch * numbering.first[1] + task / c.batch;
     const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
     const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, step), h = local / blocks;
     const index_t begin = (blocks - 1 - local % blocks) * step;  // causal: longest first
     return {b, h, h / group, begin, std::min(begin + step, sq)};
   };
-  return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+  return run_tasks(numbering.total(), flops, CLAIM, threads, loop, [&](index_t task, index_t then) {
     if (const index_t sample = numbering.sample(task); is_few(sample)) {
       const index_t first = (task - numbering.first[std::size_t(sample)]) * group;
       if (c.sq[std::size_t(sample)] == 0) return;
@@ -129,9 +143,8 @@ bool attention_forward(const Call& c, Loop& loop) {
     const auto [b, h, g, begin, end] = place(task);
     const ForwardHead head = head_at(b, h);
     NextQueries next{};
-    if (!c.pages.table && task + threads < numbering.total() &&
-        !is_few(numbering.sample(task + threads))) {
-      const Place p = place(task + threads);
+    if (!c.pages.table && then >= 0 && !is_few(numbering.sample(then))) {
+      const Place p = place(then);
       next = {c.q.at(p.b, p.h),    c.k.at(p.b, p.g), c.v.at(p.b, p.g),
               c.out.at(p.b, p.h),  p.begin,          p.end,
               p.b != b || p.g != g};

@@ -37,7 +37,7 @@ template <class F> bool over_queries(const Call& c, int threads, Loop& loop, F&&
   for (std::size_t b = 0; b < std::size_t(c.batch); b++)
     numbering.add(c.heads * ceil_div(c.sq[b], rows));
   const double flops = 4.0 * double(numbering.total() * rows) * double(c.d_v + c.d);
-  return run_tasks(numbering.total(), flops, threads, loop, [&](index_t task) {
+  return run_tasks(numbering.total(), flops, CLAIM, threads, loop, [&](index_t task, index_t) {
     const index_t b = numbering.sample(task), local = task - numbering.first[std::size_t(b)];
     const index_t sq = c.sq[std::size_t(b)], blocks = ceil_div(sq, rows),
                   begin = local % blocks * rows;
@@ -186,6 +186,7 @@ bool attention_backward(Call& c, Loop& loop) {
             c.q.at(b, h),
             c.dout.at(b, h),
             new_head ? c.out.at(b, h) : Matrix{},
+            new_head ? statistics.dq.at(b, h) : Matrix{},
             c.mask.at(b, h),
             c.bias.at(b, h),
             begin,
@@ -193,13 +194,13 @@ bool attention_backward(Call& c, Loop& loop) {
             c.sq[std::size_t(b)]};
   };
   const auto keys_of = [&](index_t task) -> NextKeys {
-    if (task >= tasks.total()) return {};
+    if (task < 0) return {};
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)];
     if (by_head) return keys_at(b, local, 0, true);
     return keys_at(b, local / key_blocks(b), local % key_blocks(b), false);
   };
   SharedCovers covers(c);
-  const bool done = run_tasks(tasks.total(), flops, threads, loop, [&](index_t task) {
+  const auto run = [&](index_t task, index_t then) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
                   blocks = key_blocks(b);
     const index_t kv = by_head ? local : local / blocks, h = kv * group;
@@ -240,7 +241,7 @@ bool attention_backward(Call& c, Loop& loop) {
     const index_t needed = index_t(kernels.backward_scratch(head) + 63) / 64 * 64;
     char* scratch =
         static_cast<char*>(thread_scratch(std::size_t(needed + group * packed.bytes() + 3 * 64)));
-    head.next = keys_of(task + threads);
+    head.next = keys_of(then);
     if (by_head) {
       const NextKeys after = head.next;
       char *q = scratch + needed, *dout = q + group * packed.q_bytes,
@@ -284,8 +285,9 @@ bool attention_backward(Call& c, Loop& loop) {
           bias_turns.get(), 0, int(task * group),
           left_out.empty() ? nullptr : left_out.data() + turns.first[std::size_t(b)]};
     kernels.backward(head, block, scratch);
-  });
-  if (!done) return false;
+  };
+  const double claim = by_head ? CLAIM : CLAIM_IN_TURN;
+  if (!run_tasks(tasks.total(), flops, claim, threads, loop, run)) return false;
   for (std::size_t h = 0; h < c.dsinks.size(); h++)
     c.dsinks[h] = c.dtype == DType::float64 ? sink_gradient<double>(c, statistics, index_t(h))
                                             : sink_gradient<float>(c, statistics, index_t(h));

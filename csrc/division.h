@@ -88,14 +88,25 @@ class SharedCovers {
   std::vector<std::uint8_t> said_;
 };
 
-// Runs body(task) with tasks too small to be worth an atomic operation put together.
-template <class F> bool run_tasks(index_t tasks, double flops, int threads, Loop& loop, F&& body) {
+// Work that a thread claims at once: tasks next to each other are neighbours in memory. Where they
+// wait for each other, only what an atomic operation is worth.
+inline constexpr double CLAIM = 4e6, CLAIM_IN_TURN = 2e5;
+
+// Runs body(task, then), tasks that are smaller than a claim put together. `then`: a task that this
+// thread will come to, or -1, whose numbers it may fetch now; not the very next if that is small,
+// or they would come too late.
+template <class F>
+bool run_tasks(index_t tasks, double flops, double claim, int threads, Loop& loop, F&& body) {
   const double each = flops / double(std::max<index_t>(tasks, 1));
-  const index_t together = std::clamp<index_t>(index_t(2e5 / (each + 1)), 1,
+  const index_t together = std::clamp<index_t>(index_t(claim / (each + 1)), 1,
                                                std::max<index_t>(1, tasks / (4 * threads)));
   return parallel_for(ceil_div(tasks, together), threads, loop, [&](index_t chunk) {
-    const index_t end = std::min(tasks, (chunk + 1) * together);
-    for (index_t t = chunk * together; t < end; t++) body(t);
+    const index_t begin = chunk * together, end = std::min(tasks, begin + together);
+    for (index_t t = begin; t < end; t++) {
+      const index_t later = t - begin + (together > 1 ? 2 : 1);
+      const index_t then = begin + later / together * together * threads + later % together;
+      body(t, then < tasks ? then : -1);
+    }
   });
 }
 

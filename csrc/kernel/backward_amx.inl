@@ -91,6 +91,7 @@ template <class E> FA_NOINLINE void fetch_next(const BackwardHead& h, BackwardAm
   const index_t first = min_index(next.sq, BACK_QUERIES_AMX), all = min_index(next.sq, 512);
   fetch_dense(next.mask, next.bias, 0, first, next.begin, next.end - next.begin);
   if (next.out.data) fetch_rows(f, next.dout, first, all, v_bytes);
+  fetch_rows(f, next.dq, 0, all, b.d * index_t(sizeof(float)));
   fetch_rows(f, next.out, 0, all, v_bytes);
   fetch_rows(f, next.dout, 0, first, v_bytes);
   fetch_rows(f, next.q, 0, first, q_bytes);

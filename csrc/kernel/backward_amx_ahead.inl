@@ -19,11 +19,7 @@ FA_INLINE void clear_fetcher(Fetcher& f) {
   f.lines = 0;
   f.at = f.end = nullptr;
 }
-// Rows that share a few sets of the cache would drive each other out before they are read: these
-// are fetched just before instead.
-FA_INLINE bool is_crowded(const Matrix& m, index_t bytes) {
-  return m.row % 4096 == 0 && m.row != bytes && m.row != 0;
-}
+// Rows that would drive each other out are fetched just before instead.
 FA_INLINE void fetch_crowded_rows(const Matrix& m, index_t begin, index_t end, index_t bytes) {
   if (!m.data || !is_crowded(m, bytes)) return;
   for (index_t r = begin; r < end; r++)

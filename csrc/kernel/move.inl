@@ -116,6 +116,8 @@ FA_NOINLINE void store_rows(const T* src, index_t ld, T factor, const Matrix& ds
   const Vec<T> f = splat(factor);
   for (index_t r = 0; r < rows; r++) {
     char* p = dst.data + (r0 + r) * dst.row;
+    for (index_t at = 0; at < cols * index_t(sizeof(E)); at += 64)
+      __builtin_prefetch(p + 8 * dst.row + at, 1, 3);
     index_t c = 0;
     if (native)
       for (; c + W<T> <= cols; c += W<T>) store_as<E>(p + c * dst.col, load(src + r * ld + c) * f);
@@ -161,8 +163,13 @@ struct Stream {
     }
   }
 };
+// Rows that share a few sets of the cache would drive each other out before they are read.
+FA_INLINE bool is_crowded(const Matrix& m, index_t bytes) {
+  return m.row % 4096 == 0 && m.row != bytes && m.row != 0;
+}
 FA_INLINE Stream stream_of(const Matrix& m, index_t begin, index_t end, index_t row_bytes) {
-  return {m.data + begin * m.row, m.row, 0, row_bytes, m.data ? end - begin : 0};
+  return {m.data + begin * m.row, m.row, 0, row_bytes,
+          m.data && !is_crowded(m, row_bytes) ? end - begin : 0};
 }
 
 // What the next task will read, fetched during this one's exponentials: `burst` lines of each

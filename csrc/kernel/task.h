@@ -106,7 +106,7 @@ struct Turns {
 // Keys [begin, end) that the same thread is likely to take next, with the queries of the first head
 // that reads them; data null: nothing to fetch ahead. out: if the head is another one.
 struct NextKeys {
-  Matrix k, v, q, dout, out, mask, bias;
+  Matrix k, v, q, dout, out, dq, mask, bias;
   index_t begin, end, sq;
 };
 
