@@ -45,13 +45,8 @@ def packed(direction: str, threads: int, lengths: Array, heads: int, d: int) -> 
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """All of them, one after the other."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
+    """All of them, one after the other; all results live until the last, as those of one call."""
+    return lambda: [call() for call in calls]
 
 
 def rule(
