@@ -10,9 +10,6 @@ template <int P> struct Cut {
 FA_INLINE Vec<float> upper(Vec<float> x) {
   return (Vec<float>)((Words)x & 0xffff0000);
 }
-FA_INLINE bool any_lane(IntVec<float> x) {
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-}
 // Words (low[i], high[i]) of the upper halves.
 FA_INLINE Vec<float> pair_words(Vec<float> low, Vec<float> high) {
   constexpr int high_and_mask_or_low = 0xEA;
@@ -119,7 +116,7 @@ FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t
       FA_UNROLL
       for (int i = 0; i < TILE; i++) put(i, low[i], high[i]);
     }
-  return any_lane((IntVec<float>)(largest >= FIRST_ODD));
+  return any_lane<float>((IntVec<float>)(largest >= FIRST_ODD));
 }
 template <class E, bool TRANSPOSE, bool AS_ROWS>
 FA_INLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t cols,

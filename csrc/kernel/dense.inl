@@ -116,33 +116,31 @@ template <class T> FA_INLINE Cover cover_of(const Rules& rules, Queries<T>& x, i
   return x.cover[(block - x.covered) / KEY_BLOCK];
 }
 
-// W queries whose dense part is made.
-template <class T> struct DenseColumn {
-  index_t query[W<T>];
-  alignas(64) T position[W<T>], low[W<T>], high[W<T>];  // theirs, their keys'; counted from k0
-  alignas(64) typename Bits<T>::type segment[W<T>];
-};
+// The queries in W lanes from r on; the last one again where there are no more.
 template <class T>
-FA_INLINE void dense_column(DenseColumn<T>& column, const Rules& rules, const Queries<T>& x,
-                            index_t r, index_t k0, index_t n, bool ragged) {
+FA_INLINE void dense_queries(const Queries<T>& x, index_t r, index_t (&query)[W<T>]) {
+  for (int i = 0; i < W<T>; i++) query[i] = x.first + min_index(r + i, x.count - 1);
+}
+// Their intervals of keys, counted from k0.
+template <class T>
+FA_NOINLINE void dense_intervals(const Rules& rules, const index_t (&query)[W<T>], index_t k0,
+                                 index_t n, Vec<T>& low, Vec<T>& high) {
+  alignas(64) T begin[W<T>], end[W<T>];
   for (int i = 0; i < W<T>; i++) {
-    const index_t q = x.first + min_index(r + i, x.count - 1);
-    const Interval keys = ragged ? visible_keys(rules, q) : Interval{k0, k0 + n};
-    column.query[i] = q;
-    column.position[i] = T(q + rules.q_offset - k0);
-    column.low[i] = T(max_index(min_index(keys.low - k0, n), 0));
-    column.high[i] = T(max_index(min_index(keys.high - k0, n), 0));
-    column.segment[i] = rules.segments.q_number ? rules.segments.q_number[q] : 0;
+    const Interval keys = visible_keys(rules, query[i]);
+    begin[i] = T(max_index(min_index(keys.low - k0, n), 0));
+    end[i] = T(max_index(min_index(keys.high - k0, n), 0));
   }
+  low = load(begin), high = load(end);
 }
 
 // words[i]: bytes sizeof(T) * i to sizeof(T) * (i + 1) of each query's mask, from `key` on; 0 from
 // `end` on.
 template <class T>
-FA_INLINE void transpose_mask(const Matrix& mask, const DenseColumn<T>& column, index_t key,
+FA_INLINE void transpose_mask(const Matrix& mask, const index_t (&query)[W<T>], index_t key,
                               index_t end, Vec<T> (&words)[W<T>]) {
   for (int i = 0; i < W<T>; i++) {
-    const char* p = mask.data + column.query[i] * mask.row + key * mask.col;
+    const char* p = mask.data + query[i] * mask.row + key * mask.col;
     if (mask.col == 1 && key + FUSEDATTN_VECTOR_BYTES <= end) {
       prefetch_near(p + FUSEDATTN_VECTOR_BYTES);
       words[i] = load(reinterpret_cast<const T*>(p));
@@ -156,8 +154,18 @@ FA_INLINE void transpose_mask(const Matrix& mask, const DenseColumn<T>& column, 
   transpose_registers<T>(words);
 }
 
-// Calls use(r, c, t) with the dense part t of keys k0 + c to k0 + c + W and queries r to r + W, for
-// all keys [k0, k1) and queries of x; -inf beyond k1. `ragged`: a query may see a part of the keys.
+// Does ALiBi stay a number as far as these queries and keys lie apart?
+template <class T>
+FA_INLINE bool is_finite_alibi(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1) {
+  const index_t position = x.first + rules.q_offset;
+  const double apart = double(max_index(position + x.count - k0, k1 - position)),
+               slope = rules.alibi_slope < 0 ? -rules.alibi_slope : rules.alibi_slope;
+  return slope * LOG2E * apart < double(-Bits<T>::lowest) / 2;
+}
+
+// Calls use(r, c, t, finite) with the dense part t of keys k0 + c to k0 + c + W and queries r to
+// r + W, for all keys [k0, k1) and queries of x; -inf beyond k1. `ragged`: a query may see a part
+// of the keys. `finite`: nothing in t is -inf.
 template <class E, class F, class T = Compute<E>>
 FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
                          index_t k0, index_t k1, F&& use) {
@@ -165,26 +173,39 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
   constexpr index_t at_once = FUSEDATTN_VECTOR_BYTES, size = sizeof(T);  // keys of a mask
   const index_t n = k1 - k0, lanes = x.vectors * W<T>;
   const Matrix& bias = rules.bias;
-  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0,
+             all_seen = !ragged && !use_mask && !rules.segments.q_number,
+             tame = !slanted || is_finite_alibi(rules, x, k0, k1);
   const index_t then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
   for (index_t r = 0; r < lanes; r += W<T>) {
-    DenseColumn<T> column;
-    dense_column<T>(column, rules, x, r, k0, n, ragged);
-    const Vec<T> position = load(column.position), low = load(column.low), high = load(column.high);
+    index_t query[W<T>];
+    dense_queries<T>(x, r, query);
+    const Vec<T> own = min_or_second<T>(splat(T(r)) + lane_numbers<T>(), splat(T(x.count - 1))),
+                 position = own + splat(T(x.first + rules.q_offset - k0));
+    Vec<T> low{}, high = splat(T(n));
+    if (ragged) dense_intervals<T>(rules, query, k0, n, low, high);
+    IntVec<T> segment{};
+    for (int i = 0; i < W<T> && rules.segments.q_number; i++)
+      segment[i] = rules.segments.q_number[query[i]];
     keep_awake();
-    IntVec<T> segment;
-    __builtin_memcpy(&segment, column.segment, sizeof(segment));
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));
       Vec<T> t[W<T>];
+      bool finite = tame;  // neither a bias nor its product
       if (bias.data) {
         FA_UNROLL
         for (int i = 0; i < W<T>; i++)
           t[i] = load_bias<E, FORWARD_FETCHES_BIAS>(
-              bias.data + column.query[i] * bias.row + (k0 + c) * bias.col, bias.col, native, n - c,
-              then);
+              bias.data + query[i] * bias.row + (k0 + c) * bias.col, bias.col, native, n - c, then);
+        constexpr int chains = W<T> < 4 ? 1 : 4;
+        Vec<T> least[chains] = {};
+        FA_UNROLL
+        for (int i = 0; i < W<T>; i++)
+          least[i % chains] = min_or_second<T>(t[i], least[i % chains]);
+        for (int i = 1; i < chains; i++) least[0] = min_or_second<T>(least[i], least[0]);
+        finite &= !any_lane<T>(least[0] < splat(Bits<T>::lowest / 4));
         transpose_registers<T>(t);
       }
       if (slanted) {
@@ -193,6 +214,9 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
           const Vec<T> y = alibi<T>(slope, first + splat(T(j)), position);
           t[j] = bias.data ? add_bias<T>(t[j], y) : y;
         }
+      } else if (bias.data && finite) {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++) t[j] *= splat(T(LOG2E));
       } else if (bias.data) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) t[j] = add_bias<T>(t[j], Vec<T>{});
@@ -201,7 +225,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
         for (int j = 0; j < W<T>; j++) t[j] = Vec<T>{};
       }
       if (use_mask) {
-        if (c % at_once == 0) transpose_mask<T>(rules.mask, column, k0 + c, k1, words);
+        if (c % at_once == 0) transpose_mask<T>(rules.mask, query, k0 + c, k1, words);
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
           const index_t at = c % at_once + j;
@@ -220,7 +244,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
           t[j] = key < high ? t[j] : minus_inf;
         }
       }
-      use(r, c, t);
+      use(r, c, t, finite && all_seen && c + W<T> <= n);
     }
   }
 }
@@ -236,7 +260,7 @@ FA_NOINLINE Dense<T> dense_tile(const Rules& rules, const Queries<T>& x, bool us
     return {tile, 1, 0};
   }
   for_dense<E>(rules, x, use_mask, ragged, k0, k1,
-               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
+               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>], bool) FA_TILE {
                  FA_UNROLL
                  for (int j = 0; j < W<T>; j++)
                    if (c + j < n) store(tile + (c + j) * lanes + r, t[j]);

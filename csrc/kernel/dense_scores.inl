@@ -51,15 +51,15 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   const index_t lanes = x.vectors * W<T>;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity);
   for (index_t r = 0; r < lanes; r += W<T>) {
-    DenseColumn<T> column;
-    for (int i = 0; i < W<T>; i++) column.query[i] = x.first + min_index(r + i, x.count - 1);
+    index_t query[W<T>];
+    dense_queries<T>(x, r, query);
     keep_awake();
     Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
     IntVec<T> any{};
     T* at = p + r;
     for (index_t key = k0; key < k1; key += at_once) {
       Vec<T> words[W<T>];
-      transpose_mask<T>(rules.mask, column, key, k1, words);
+      transpose_mask<T>(rules.mask, query, key, k1, words);
       const index_t n = min_index(at_once, k1 - key);
       for (index_t j = 0; j < n; j += size) {
         const IntVec<T> word = (IntVec<T>)words[j / size];
@@ -79,15 +79,6 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   }
 }
 
-// Does ALiBi stay a number as far as these queries and keys lie apart?
-template <class T>
-FA_INLINE bool is_finite_alibi(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1) {
-  const index_t position = x.first + rules.q_offset;
-  const double apart = double(max_index(position + x.count - k0, k1 - position)),
-               slope = rules.alibi_slope < 0 ? -rules.alibi_slope : rules.alibi_slope;
-  return slope * LOG2E * apart < double(-Bits<T>::lowest) / 2;
-}
-
 // The same without a tile in between.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
@@ -95,22 +86,22 @@ FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, boo
   const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
   if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
   const index_t lanes = x.vectors * W<T>;
-  const auto run = [&]<bool FINITE>() FA_TILE {
-    for_dense<E>(rules, x, use_mask, ragged, k0, k1,
-                 [&](index_t r, index_t c, const Vec<T>(&t)[W<T>]) FA_TILE {
-                   Adding<T> sums;
-                   sums.load_from(max_io + r, x.seen + r);
+  for_dense<E>(rules, x, use_mask, ragged, k0, k1,
+               [&](index_t r, index_t c, const Vec<T>(&t)[W<T>], bool finite) FA_TILE {
+                 Adding<T> sums;
+                 sums.load_from(max_io + r, x.seen + r);
+                 T* const at = p + c * lanes + r;
+                 if (finite) {
                    FA_UNROLL
                    for (int j = 0; j < W<T>; j++)
-                     if (c + j < k1 - k0)
-                       sums.template add<FINITE>(p + (c + j) * lanes + r, t[j], j % 2);
-                   sums.store_to(max_io + r, x.seen + r);
-                 });
-  };
-  const bool alone = !ragged && !use_mask && !rules.bias.data && !rules.segments.q_number;
-  alone && (k1 - k0) % W<T> == 0 && is_finite_alibi(rules, x, k0, k1)
-      ? run.template operator()<true>()
-      : run.template operator()<false>();
+                     sums.template add<true>(at + j * lanes, t[j], j % 2);
+                 } else {
+                   FA_UNROLL
+                   for (int j = 0; j < W<T>; j++)
+                     if (c + j < k1 - k0) sums.add(at + j * lanes, t[j], j % 2);
+                 }
+                 sums.store_to(max_io + r, x.seen + r);
+               });
 }
 template <class T, int NQ> FA_NOINLINE void mark_masked(index_t n, T* p, const Dense<T>& dense) {
   for (index_t i = 0; i < n; i++) FA_UNROLL

@@ -232,7 +232,9 @@ struct AllFinite {
     const Words magnitude = (Words)x & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
-  FA_INLINE_MEMBER bool all() const { return !any_lane((IntVec<float>)(largest >= 0x7f800000)); }
+  FA_INLINE_MEMBER bool all() const {
+    return !any_lane<float>((IntVec<float>)(largest >= 0x7f800000));
+  }
 };
 
 // p[row][key] = factor * s[key][row] for 16 keys and C rows (a power of two). Each step halves the

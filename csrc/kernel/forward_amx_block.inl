@@ -98,7 +98,7 @@ FA_NOINLINE void first_max(Scored& b, const float* s, float factor) {
   const Vec<T> lowest = splat(Bits<T>::lowest), f = splat(factor);
   for (index_t j = 0; j < lanes; j += W<T>) {
     const Vec<T> max = load(b.max + j);
-    if (!any_lane(max == lowest)) continue;
+    if (!any_lane<float>(max == lowest)) continue;
     Vec<T> here = lowest;
     for (index_t i = 0; i < DEPTH; i++) here = max_or_second<T>(load(s + i * lanes + j) * f, here);
     store(b.max + j, max == lowest ? here : max);
@@ -154,7 +154,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
     grown |= max != before;
     store(b.max + i, max);
   }
-  x.risen = any_lane(grown);
+  x.risen = any_lane<float>(grown);
   if (x.risen && !later) {
     for (index_t i = 0; i < lanes; i += W<T>) store(b.sum + i, Vec<T>{});
     for (index_t key = b.low; key < b.high; key += plan.strip)
@@ -172,7 +172,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
     if (plan.raw) store(x.seen + i, splat(T(1)));
   }
   // Of three pieces, what was summed up is rescaled when the block's sum joins it.
-  if (P_PIECES<E> < 3 && any_lane(moved))
+  if (P_PIECES<E> < 3 && any_lane<float>(moved))
     for (index_t c = 0; c < h.dv; c++)
       for (index_t i = 0; i < lanes; i += W<T>) {
         T* o = x.o + c * lanes + i;

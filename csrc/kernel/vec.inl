@@ -229,6 +229,18 @@ template <class T> FA_INLINE T sum_lanes(Vec<T> v) {
   return s;
 }
 
+// Is any lane of a mask set?
+template <class T> FA_INLINE bool any_lane(IntVec<T> mask) {
+#if FUSEDATTN_VECTOR_BYTES == 64
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  const Wide wide = (Wide)mask;
+  uint64_t any = 0;
+  for (int i = 0; i < WIDE; i++) any |= wide[i];
+  return any != 0;
+#endif
+}
+
 // The unit that multiplies tiles falls asleep when it has had nothing to do for some 1,500 cycles,
 // and is slow for the 1,000 that follow. Long computations in between call this. Tile 0 is lost.
 FA_INLINE void keep_awake() {
