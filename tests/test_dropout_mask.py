@@ -24,11 +24,12 @@ def test_known_answers(counter, key, words):
 
 
 def test_each_pair_by_its_place():
-    seed, p, shape = 0x123456789ABCDEF0, 0.37, (2, 3, 4, 11)
+    seed, p, shape = 0x123456789ABCDEF0, 0.37, (2, 3, 4, 19)
     mask = reference.dropout_mask(seed, p, shape)
     for b, h, i, j in np.ndindex(shape):
-        words = philox4x32((j // 4, i, h, b), (0x9ABCDEF0, 0x12345678))
-        assert mask[b, h, i, j] == (words[j % 4] >= round(p * 2**32))
+        words = philox4x32((j // 8, i, h, b), (0x9ABCDEF0, 0x12345678))
+        drawn = int(words[j % 8 // 2]) >> 16 * (j % 2) & 0xFFFF
+        assert mask[b, h, i, j] == (drawn >= round(p * 2**16))
 
 
 def test_a_part_of_the_whole():
@@ -50,6 +51,8 @@ def test_as_many_are_dropped_as_asked_for(p):
 def test_edges():
     assert reference.dropout_mask(0, 0.0, (1, 1, 8, 9)).all()
     assert not reference.dropout_mask(0, 1.0, (1, 1, 8, 9)).any()
+    assert reference.dropout_mask(0, 2**-18, (1, 1, 300, 900)).all()
+    assert not reference.dropout_mask(0, 1 - 2**-18, (1, 1, 300, 900)).any()
     assert reference.dropout_mask(0, 0.5, (0, 2, 3, 4)).shape == (0, 2, 3, 4)
     assert reference.dropout_mask(2**64 - 1, 0.5, (1, 1, 3, 0)).shape == (1, 1, 3, 0)
 

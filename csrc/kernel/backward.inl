@@ -42,7 +42,7 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
     strips.keys[s] = {low / W<T> * W<T>, round_up<T>(high)};
     dense_rows<E>(rules, use_mask, !strips.whole, begin, end, b.k0, b.nk,
                   b.dense + s * STRIP * BACK_KEYS, BACK_KEYS);
-    for (index_t q = begin; q < end && b.keep; q += 2)
+    for (index_t q = begin; q < end && b.keep; q += 4)
       keep_rows<T>(rules.dropout, q, b.k0, BACK_KEYS, b.keep + (q - q0) * BACK_KEYS, BACK_KEYS);
   }
   return true;

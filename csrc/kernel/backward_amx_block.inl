@@ -77,7 +77,7 @@ FA_INLINE void backward_cell(BackwardAmx& b, const BackwardHead& h, const Rules&
   if (kind != Kind::ruled) return cut_cell<E>(b, rules, r, c, kind, false);
   const index_t first = b.q0 + r * CELL, key = b.k0 + c * CELL;
   if (rules.dropout.threshold)
-    for (index_t i = 0; i < CELL && r * CELL + i < b.nq; i += 2) {
+    for (index_t i = 0; i < CELL && r * CELL + i < b.nq; i += 4) {
       keep_rows<float>(rules.dropout, first + i, key, CELL, b.keep + i * CELL, CELL);
       if (i % 8 == 0) keep_awake();
     }

@@ -1,8 +1,8 @@
-// Dropout of probabilities: Philox4x32-10, the counter-based generator of Salmon et al. (SC'11). A
-// random word belongs to its (seed, batch, head, query, key), so that the same entries are kept
-// whatever the tiling, the threads or the instruction set, and again in backward. Words of 32 bits
-// live in lanes of 64, where one multiplication gives both halves; the upper half of a word may
-// hold anything.
+// Dropout of probabilities: Philox4x32-10, the counter-based generator of Salmon et al. (SC'11). 16
+// random bits belong to their (seed, batch, head, query, key), so that the same entries are kept
+// whatever the tiling, the threads or the instruction set, and again in backward: FlashAttention
+// draws 8. Words of 32 bits live in lanes of 64, where one multiplication gives both halves; the
+// upper half of a lane may hold anything.
 
 FA_INLINE Wide multiply_words(Wide a, uint32_t b) {
 #if FUSEDATTN_VECTOR_BYTES == 64
@@ -53,7 +53,8 @@ FA_INLINE Wide wide_numbers() {
   return v;
 }
 
-// The counters of keys 4 * group to 4 * group + 3 and a query.
+inline constexpr index_t DRAWN = 8;  // keys of a counter: two of each word, the lower half's first
+// The counters of keys DRAWN * group to DRAWN * group + 7 and a query.
 FA_INLINE void begin_counters(Wide (&c)[4], Wide group, Wide query, const Dropout& drop) {
   c[0] = group;
   c[1] = query;
@@ -61,13 +62,13 @@ FA_INLINE void begin_counters(Wide (&c)[4], Wide group, Wide query, const Dropou
   c[3] = Wide{} + uint64_t(drop.batch);
 }
 
-// f(key, lane, words): the random words of 2 * WIDE queries from `lane` on, for keys [0, n) from k0
-// on and `lanes` queries from `first` on, or a few more. Even queries and odd ones have vectors of
-// their own, which make one of words.
+// f(key, lane, words): random bits of 2 * WIDE queries from `lane` on, in the upper half of their
+// words, for keys [0, n) from k0 on and `lanes` queries from `first` on, or a few more. Even
+// queries and odd ones have vectors of their own, which make one of words.
 template <class F>
 FA_INLINE void for_words(const Dropout& drop, index_t first, index_t lanes, index_t k0, index_t n,
                          F&& f) {
-  for (index_t group = k0 / 4; group * 4 < k0 + n; group++)
+  for (index_t group = k0 / DRAWN; group * DRAWN < k0 + n; group++)
     for (index_t r = 0; r < lanes; r += 2 * WIDE) {
       Wide c[2][4];
       FA_UNROLL
@@ -77,8 +78,10 @@ FA_INLINE void for_words(const Dropout& drop, index_t first, index_t lanes, inde
       philox(c, drop.seed);
       FA_UNROLL
       for (int w = 0; w < 4; w++) {
-        const index_t key = group * 4 + w - k0;
-        if (key >= 0 && key < n) f(key, r, (Random)((c[0][w] & 0xffffffff) | (c[1][w] << 32)));
+        const Random words = (Random)((c[0][w] & 0xffffffff) | (c[1][w] << 32));
+        const index_t key = group * DRAWN + 2 * w - k0;
+        if (key >= 0 && key < n) f(key, r, words << 16);
+        if (key + 1 >= 0 && key + 1 < n) f(key + 1, r, words);
       }
     }
 }
@@ -90,14 +93,17 @@ FA_NOINLINE void drop_tile(const Dropout& drop, index_t first, index_t k0, index
   constexpr index_t lanes = NQ * W<T>;
   for_words(drop, first, lanes, k0, n,
             [&](index_t key, index_t r, Random words) __attribute__((always_inline)) {
+              const Random kept = (Random)(words >= drop.threshold);
               if constexpr (PAIRS<E>) {
-                auto* at = reinterpret_cast<BFloat*>(p + key / 2 * lanes + r) + key % 2;
-                for (int i = 0; i < 2 * WIDE; i++)
-                  if (words[i] < drop.threshold) at[2 * i] = {0};
+                auto* at = reinterpret_cast<typename VecOf<float>::loose*>(p + key / 2 * lanes + r);
+                *at = (Vec<float>)((Random)*at & (kept | (key % 2 ? 0xffff : 0xffff0000)));
               } else {
-                T* at = p + key * lanes + r;
-                for (int i = 0; i < min_index(2 * WIDE, lanes - r); i++)
-                  at[i] = words[i] >= drop.threshold ? at[i] : T(0);
+                const char* masks = reinterpret_cast<const char*>(&kept);
+                for (index_t i = 0; i < min_index(2 * WIDE, lanes - r); i += W<T>) {
+                  T* at = p + key * lanes + r + i;
+                  const IntVec<T> keep = load_integers<T, int32_t>(masks + 4 * i, 4, W<T>);
+                  store(at, keep == 0 ? Vec<T>{} : load(at));
+                }
               }
             });
 }
@@ -111,25 +117,34 @@ template <int... I> FA_INLINE void zip_wide(Wide a, Wide b, uint32_t* to, Seq<I.
   __builtin_memcpy(to + 2 * WIDE, &second, sizeof(second));
 }
 
-// keep[key] = 1 where it is kept, else 0, for keys [k0, k0 + n), k0 a multiple of 4, and two
-// queries, whose numbers lie `ld` apart. Writes up to n rounded up to a multiple of 4 * WIDE.
+// keep[key] = 1 where it is kept, else 0, for keys [k0, k0 + n), k0 a multiple of DRAWN, and four
+// queries, whose numbers lie `ld` apart. Writes up to n rounded up to a multiple of 4 * WIDE. Half
+// of a vector's counters are of one query, half of the next.
 template <class T>
 FA_NOINLINE void keep_rows(const Dropout& drop, index_t query, index_t k0, index_t n, T* keep,
                            index_t ld) {
-  for (index_t k = 0; k < n; k += 4 * WIDE) {
+  constexpr index_t half = WIDE / 2, keys = half * DRAWN;
+  const Wide lane = wide_numbers();
+  for (index_t k = 0; k < n; k += keys) {
     Wide c[2][4];
     FA_UNROLL
     for (int i = 0; i < 2; i++)
-      begin_counters(c[i], wide_numbers() + uint64_t((k0 + k) / 4), Wide{} + uint64_t(query + i),
-                     drop);
+      begin_counters(c[i], lane % half + uint64_t((k0 + k) / DRAWN),
+                     lane / half + uint64_t(query + 2 * i), drop);
     philox(c, drop.seed);
     FA_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const Wide low = (c[r][0] & 0xffffffff) | (c[r][1] << 32),
-                 high = (c[r][2] & 0xffffffff) | (c[r][3] << 32);
+    for (int i = 0; i < 2; i++) {
+      const Wide low = (c[i][0] & 0xffffffff) | (c[i][1] << 32),
+                 high = (c[i][2] & 0xffffffff) | (c[i][3] << 32);
       alignas(64) uint32_t words[4 * WIDE];
       zip_wide(low, high, words, typename MakeSeq<WIDE>::type{});
-      for (int i = 0; i < 4 * WIDE; i++) keep[r * ld + k + i] = T(words[i] >= drop.threshold);
+      const char* bits = reinterpret_cast<const char*>(words);
+      for (index_t r = 0; r < 2; r++)
+        for (index_t j = 0; j < keys; j += W<T>, bits += 2 * W<T>) {
+          const IntVec<T> drawn = load_integers<T, uint16_t>(bits, 2, W<T>);
+          const IntVec<T> kept = drawn >= typename Bits<T>::type(drop.threshold >> 16);
+          store(keep + (2 * i + r) * ld + k + j, kept == 0 ? Vec<T>{} : splat(T(1)));
+        }
     }
   }
 }

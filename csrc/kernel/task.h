@@ -32,8 +32,9 @@ struct Segments {
   const std::int32_t *q_number, *k_number;  // (sq), (sk)
 };
 
-// Dropout of probabilities: entry (i, j) is kept where word j % 4 of Philox (kernel/dropout.inl)
-// for the counter (j / 4, i, head, batch) is at least `threshold`. 0: no dropout.
+// Dropout of probabilities: entry (i, j) is kept where half j % 2 of word j % 8 / 2 of Philox
+// (kernel/dropout.inl) for the counter (j / 8, i, head, batch) is at least the upper half of
+// `threshold`. 0: no dropout.
 struct Dropout {
   std::uint32_t threshold, head, batch;
   std::uint64_t seed;
