@@ -52,9 +52,11 @@ namespace {
 #endif
 // clang-format on
 
+inline constexpr int TASK_QUERIES = 512;  // of forward, which share the copies of K and V
+
 template <class E>
 constexpr Kernels kernels{LANES<Compute<E>>,
-                          4,
+                          TASK_QUERIES / LANES<Compute<E>>,
                           FEW,
                           0,
                           BACK_QUERIES,
@@ -88,7 +90,7 @@ constexpr LayerKernels layer_kernels_of{256,
 #if defined(FUSEDATTN_AMX)
 template <class E>
 constexpr Kernels amx_kernels{LANES<float>,
-                              8,
+                              TASK_QUERIES / LANES<float>,
                               FEW_AMX,
                               PIECES<E> == 3 ? 80 : 0,
                               BACK_QUERIES_AMX,
