@@ -65,7 +65,7 @@ FA_INLINE bool is_finite(Finite& f, Rows<T> v, index_t dv) {
 
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
-FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v,
+FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v, bool cold,
                                index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead,
                                Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
@@ -91,8 +91,8 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
                per_key = !plain && !ragged && dense_is_per_key(h.rules, use_mask);
     const Rows<T> kr{k.data + (a - block) * k.ld, k.ld}, vr{v.data + (a - block) * v.ld, v.ld};
     const bool direct = plain && !bent && factors.after == 1;
-    scores<E, NQ>(n, kr, vr, x.q, words<E>(h.d), h.dv, T(factors.before), pr,
-                  direct ? block_max : ignored);
+    const auto run = cold ? scores<E, NQ, true> : scores<E, NQ, false>;
+    run(n, kr, vr, x.q, words<E>(h.d), h.dv, T(factors.before), pr, direct ? block_max : ignored);
     if (factors.after != 1)
       stretch<T, NQ>(n, pr, T(factors.after), plain && !bent ? block_max : ignored);
     if (bent) bend<T, NQ>(n, pr, T(h.rules.softcap), plain ? block_max : ignored);
@@ -306,13 +306,16 @@ static void forward(const ForwardHead& h, index_t q_begin, index_t q_end, const 
       index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(end, x.keys.any.high);
       if (k0 >= k1) continue;
       if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
-      if (x.vectors == 1) forward_block<E, 1>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
-      if (x.vectors == 2) forward_block<E, 2>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+      const bool cold = s == 0 && block > 0;  // the task before has fetched the first block
+      if (x.vectors == 1)
+        forward_block<E, 1>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
+      if (x.vectors == 2)
+        forward_block<E, 2>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
       if constexpr (MAX_NJ >= 4) {
         if (x.vectors == 3)
-          forward_block<E, 3>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+          forward_block<E, 3>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
         if (x.vectors == 4)
-          forward_block<E, 4>(h, x, k, v, block, k0, k1, p, tile, ahead, v_finite);
+          forward_block<E, 4>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
       }
     }
   }

@@ -35,15 +35,16 @@ FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T factor, T* p, Vec<
 }
 
 // p[key][query] = k[key] . q[query] for n keys (times factor for pairs: q is not scaled then); the
-// maximum over keys joins max_io. Fetches the next keys and these values.
-template <class E, int NQ, class T = Compute<E>>
+// maximum over keys joins max_io. COLD: keys and values come from memory and are fetched, keys a
+// tile ahead.
+template <class E, int NQ, bool COLD, class T = Compute<E>>
 FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv,
                         T factor, T* p, T* max_io) {
   Vec<T> max[NQ];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>);
   in_tiles<tile_rows<NQ>>(n, [&]<int NI>(index_t i) FA_TILE {
-    for (index_t r = i; r < i + NI; r++) {
+    for (index_t r = i; COLD && r < i + NI; r++) {
       for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (r + NI) * k.ld + c);
       if constexpr (!PAIRS<E>)  // whose values were copied to scratch just now
         for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + r * v.ld + c);
