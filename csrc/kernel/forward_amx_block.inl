@@ -70,7 +70,7 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
     }
     store(b.sum + j, sum);
     if constexpr (RAW) store(b.block_max + j, max);
-    if (!RAW || DROPS) keep_awake();
+    if ((!RAW && b.has_dense) || DROPS) keep_awake();
   };
   const bool both = b.block + key + half < b.k1;
   for (index_t j = 0; j < lanes; j += W<T>)

@@ -44,8 +44,9 @@ FA_NOINLINE void mend_scores(const Matrix& k, index_t key, index_t n, const Matr
   }
 }
 
-// S = factor * S in log2 units, softcap, the dense part; the maximum over keys joins max_io.
-template <bool BENT, bool DENSE, int NQ>
+// S = factor * S in log2 units (of SCALED_QUERIES it is), softcap, the dense part; the maximum over
+// keys joins max_io.
+template <class E, bool BENT, bool DENSE, int NQ>
 FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
                                const Dense<float>& dense, float* max_io, float* seen) {
   using T = float;
@@ -57,7 +58,10 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
     T* const at = s + i * NQ * W<T>;
     Vec<T> x[K * NQ];
     FA_UNROLL
-    for (int t = 0; t < K * NQ; t++) x[t] = load(at + t * W<T>) * f;
+    for (int t = 0; t < K * NQ; t++) {
+      x[t] = load(at + t * W<T>);
+      if constexpr (!SCALED_QUERIES<E>) x[t] *= f;
+    }
     if constexpr (BENT) {
       tanh_in_step<T>(x);
       FA_UNROLL
@@ -79,7 +83,7 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
   index_t i = 0;
   for (; i + at_once <= n; i += at_once) keys.template operator()<at_once>(i);
   for (; i < n; i++) keys.template operator()<1>(i);
-  keep_awake();
+  if (DENSE) keep_awake();
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     store(max_io + j * W<T>, max[j]);
@@ -94,7 +98,7 @@ struct Scored {
   index_t block, k0, k1, low, high;
   index_t cut[4];  // ranges: ragged, seen by every query, ragged
   Dense<float> dense[3];
-  bool use_mask;
+  bool use_mask, has_dense;
   float *s, *tile;  // (128, lanes) each
   float* sums;      // 32 x 32
   Operand words;    // P
@@ -126,10 +130,10 @@ FA_INLINE void apply_range(const Rules& rules, Scored& b, int r, index_t from, i
     f(to - from, s, factor, float(rules.softcap) * float(LOG2E), b.dense[r],
       later ? ignored : b.block_max, later ? unseen : x.seen);
   };
-  if (!in_tile && !bent && !(later && factor == 1)) run(finish_scores<false, false, NQ>);
-  if (!in_tile && bent) run(finish_scores<true, false, NQ>);
-  if (in_tile && !bent) run(finish_scores<false, true, NQ>);
-  if (in_tile && bent) run(finish_scores<true, true, NQ>);
+  if (!in_tile && !bent && !(later && factor == 1)) run(finish_scores<E, false, false, NQ>);
+  if (!in_tile && bent) run(finish_scores<E, true, false, NQ>);
+  if (in_tile && !bent) run(finish_scores<E, false, true, NQ>);
+  if (in_tile && bent) run(finish_scores<E, true, true, NQ>);
   if (later) make_and_add_dense<E>(rules, x, b.use_mask, ragged, from, to, s, b.block_max);
 }
 

@@ -17,6 +17,7 @@ namespace {
 #include "kernel/vec.inl"
 #include "kernel/element.inl"
 #include "kernel/exp.inl"
+#include "kernel/tanh.inl"
 #include "kernel/move.inl"
 #include "kernel/pairs.inl"
 #include "kernel/tile.inl"
