@@ -86,10 +86,10 @@ void take_dropout(Call& c, const RuleArguments& rules) {
   const double p = finite_number("dropout_p", rules.dropout_p);
   if (p < 0 || p > 1)
     wrong_value("dropout_p", "a probability from 0 to 1", py::str(rules.dropout_p));
-  const double parts = std::round(p * 0x1p16);
+  const double parts = std::round(p * 0x1p16);  // 16 bits are drawn
   if (parts == 0) return;
   c.dropout.threshold = std::uint32_t(std::min(parts, 0x1p16 - 1)) << 16;
-  c.dropout.scale = parts == 0x1p16 ? 0.0 : 1.0 / (1.0 - p);
+  c.dropout.scale = parts == 0x1p16 ? 0.0 : 0x1p16 / (0x1p16 - parts);
   c.dropout.seed = seed_of(rules.seed);
 }
 

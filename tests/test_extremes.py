@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fusedattn import attention
 from tests.accuracy import assert_accurate, fused
 from tests.strategies import DTYPES, HALVES, make
 
@@ -154,3 +155,18 @@ def test_biases(isa, size, dtype, sq):
     rng = np.random.default_rng(0)
     p.rules["bias"] = rng.uniform(-size, size, (4, sq, 70)).astype(dtype)
     assert_accurate(fused(p), p)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softcap_is_a_tanh_to_the_last_digits(isa, dtype):
+    """With one key the log-sum-exp is its logit: softcap * tanh(q k / softcap), here of 1."""
+    x = np.concatenate(
+        [np.linspace(-12, 12, 20_001), np.logspace(-30, 1, 3_000), [-np.inf, np.inf]]
+    )
+    q, one = x.astype(dtype).reshape(1, 1, -1, 1), np.ones((1, 1, 1, 1), dtype)
+    _, lse = attention(q, one, one, scale=1.0, softcap=1.0, return_lse=True)
+    exact = np.tanh(q.astype(np.float64)).ravel()
+    # A rounding each for tanh in log2 units, and for its way back; tanh's own 4.
+    allowed = 6 * np.spacing(np.abs(exact).astype(dtype))
+    assert (np.abs(lse.ravel() - exact) <= allowed).all()
+    assert (np.abs(lse.ravel()[-2:]) == 1).all()

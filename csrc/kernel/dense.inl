@@ -11,6 +11,15 @@ template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
   const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
   return bias == splat(-Bits<T>::infinity) ? bias : max_or_second<T>(splat(Bits<T>::lowest), sum);
 }
+// Is none of them -inf, nor its product with log2(e)?
+template <class T> FA_INLINE bool are_finite_biases(const Vec<T> (&bias)[W<T>]) {
+  constexpr int chains = W<T> < 4 ? 1 : 4;
+  Vec<T> least[chains] = {};
+  FA_UNROLL
+  for (int i = 0; i < W<T>; i++) least[i % chains] = min_or_second<T>(bias[i], least[i % chains]);
+  for (int i = 1; i < chains; i++) least[0] = min_or_second<T>(least[i], least[0]);
+  return !any_lane<T>(least[0] < splat(Bits<T>::lowest / 4));
+}
 template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> position) {
   const Vec<T> ahead = key - position;
   return slope * (ahead < Vec<T>{} ? -ahead : ahead);
@@ -199,13 +208,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
         for (int i = 0; i < W<T>; i++)
           t[i] = load_bias<E, FORWARD_FETCHES_BIAS>(
               bias.data + query[i] * bias.row + (k0 + c) * bias.col, bias.col, native, n - c, then);
-        constexpr int chains = W<T> < 4 ? 1 : 4;
-        Vec<T> least[chains] = {};
-        FA_UNROLL
-        for (int i = 0; i < W<T>; i++)
-          least[i % chains] = min_or_second<T>(t[i], least[i % chains]);
-        for (int i = 1; i < chains; i++) least[0] = min_or_second<T>(least[i], least[0]);
-        finite &= !any_lane<T>(least[0] < splat(Bits<T>::lowest / 4));
+        finite &= are_finite_biases<T>(t);
         transpose_registers<T>(t);
       }
       if (slanted) {

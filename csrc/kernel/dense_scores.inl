@@ -79,12 +79,49 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   }
 }
 
+// The same of a bias alone. Most are finite, then nothing is masked.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1, T* p,
+                            T* max_io) {
+  const Matrix& bias = rules.bias;
+  const index_t lanes = x.vectors * W<T>, then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
+  for (index_t r = 0; r < lanes; r += W<T>) {
+    const char* row[W<T>];
+    for (int i = 0; i < W<T>; i++)
+      row[i] = bias.data + (x.first + min_index(r + i, x.count - 1)) * bias.row + k0 * bias.col;
+    keep_awake();
+    Adding<T> sums;
+    sums.load_from(max_io + r, x.seen + r);
+    T* at = p + r;
+    for (index_t key = k0; key < k1; key += W<T>, at += W<T> * lanes) {
+      Vec<T> t[W<T>];
+      FA_UNROLL
+      for (int i = 0; i < W<T>; i++) {
+        t[i] = load_bias<E, FORWARD_FETCHES_BIAS>(row[i], bias.col, true, W<T>, then);
+        row[i] += W<T> * bias.col;
+      }
+      const bool finite = are_finite_biases<T>(t);
+      transpose_registers<T>(t);
+      if (finite) {
+        FA_UNROLL
+        for (int j = 0; j < W<T>; j++)
+          sums.template add<true>(at + j * lanes, t[j] * splat(T(LOG2E)), j % 2);
+      } else {
+        for (int j = 0; j < W<T>; j++) sums.add(at + j * lanes, add_bias<T>(t[j], Vec<T>{}), j % 2);
+      }
+    }
+    sums.store_to(max_io + r, x.seen + r);
+  }
+}
+
 // The same without a tile in between.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
                                     bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
   const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
   if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
+  if (!others && !use_mask && (k1 - k0) % W<T> == 0 && is_native_bias<E>(rules.bias))
+    return apply_bias<E>(rules, x, k0, k1, p, max_io);
   const index_t lanes = x.vectors * W<T>;
   for_dense<E>(rules, x, use_mask, ragged, k0, k1,
                [&](index_t r, index_t c, const Vec<T>(&t)[W<T>], bool finite) FA_TILE {

@@ -57,13 +57,14 @@ constexpr TanhTable make_tanh_table() {
     if (i == 0) interpolate(3, x, y, c);
     for (int k = 0; k < 6; k++) t.c[k][i] = float(i > 0 ? c[k] : k % 2 ? c[k / 2] : 0);
   }
+  for (int k = 0; k < 6; k++) t.c[k][TanhTable::intervals - 1] = k > 0 ? 0 : 1;  // from 8.6 on
   return t;
 }
 inline constexpr TanhTable TANH_TABLE = make_tanh_table();
 
 template <int N> FA_INLINE void tanh_by_table(Vec<float> (&x)[N]) {
   using T = float;
-  constexpr T step = T(TanhTable::step), most = T(31.49 * TanhTable::step);  // tanh: 1 - 4e-8
+  constexpr T step = T(TanhTable::step), most = T(31 * TanhTable::step);
   const Vec<T> magic = splat(Bits<T>::round_magic);
   const auto at = [](int k, Vec<T> interval) __attribute__((always_inline)) {
     return (Vec<T>)_mm512_permutex2var_ps((__m512)load(TANH_TABLE.c[k]), (__m512i)interval,

@@ -140,10 +140,10 @@ def attention(
     segment_ids : integer array of shape (B, S), or a pair ((B, Sq), (B, Sk)), optional
         A query sees the keys whose number equals its own: documents packed in one row.
     dropout_p : float, default 0
-        Each probability is dropped with this probability, to the nearest multiple of 2**-16; what
-        is kept is divided by ``1 - dropout_p``. Philox4x32-10 (Salmon et al., 2011) keyed by seed,
-        sample, head, query and key decides: :func:`fusedattn.reference.dropout_mask` gives the
-        same mask.
+        Each probability is dropped with this probability; what is kept is divided by
+        ``1 - dropout_p``. It counts to the nearest multiple of 2**-16. Philox4x32-10 (Salmon et
+        al., 2011) keyed by seed, sample, head, query and key decides:
+        :func:`fusedattn.reference.dropout_mask` gives the same mask.
     seed : int, optional
         From 0 to 2**64 - 1; by default a fresh one, which leaves no way to the gradients but
         :func:`attention_vjp`.

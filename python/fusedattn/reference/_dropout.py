@@ -66,7 +66,7 @@ def dropout_mask(
     Returns
     -------
     bool array of that shape
-        True where the weight is kept, and scaled by 1 / (1 - dropout_p).
+        True where the weight is kept, and scaled by 1 / (1 - p), p the rounded dropout_p.
 
     Raises
     ------
@@ -80,6 +80,11 @@ def dropout_mask(
     halves = np.stack((words & 0xFFFF, words >> 16), axis=-1)
     kept: NDArray[Any] = halves.reshape(samples, heads, sq, 8 * j.size)[..., :sk] >= threshold
     return kept
+
+
+def rounded(dropout_p: float) -> float:
+    """The nearest multiple of 2**-16: the probability with which a weight is dropped."""
+    return _threshold(dropout_p) / 2**16
 
 
 def _seed(seed: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusedattn.reference._dropout import dropout_mask
+from fusedattn.reference._dropout import dropout_mask, rounded
 
 Array = NDArray[Any]
 
@@ -131,7 +131,7 @@ def backward(
 
 def _kept(shape: tuple[int, ...], rules: Rules) -> Array | float:
     """What dropout multiplies each weight (..., H, Sq, Sk) by: 0 or 1 / (1 - dropout_p)."""
-    p = rules.dropout_p
+    p = rounded(rules.dropout_p)
     if not p:
         return 1.0
     samples = math.prod(shape[:-3])
