@@ -83,7 +83,7 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
   index_t i = 0;
   for (; i + at_once <= n; i += at_once) keys.template operator()<at_once>(i);
   for (; i < n; i++) keys.template operator()<1>(i);
-  if (DENSE) keep_awake();
+  keep_awake();
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     store(max_io + j * W<T>, max[j]);
