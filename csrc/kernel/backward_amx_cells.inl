@@ -231,8 +231,7 @@ FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c
     if (x.bends) {
       FA_UNROLL
       for (int v = 0; v < 4; v++)
-        bent[v] = load(b.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor;
-      tanh_in_step<T>(bent);
+        bent[v] = tanh<T>(load(b.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor);
     }
     FA_UNROLL
     for (int h = 0; h < 2; h++) {

@@ -6,26 +6,24 @@
 inline constexpr float LOG2E_F = 1.4426950408889634f;
 inline constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
-// p = (2^f - 1) / f for f in [-1/2, 1/2], minimax in relative error.
-template <class T, int N>
-FA_INLINE void exp2m1_ratio_in_step(const Vec<T> (&f)[N], Vec<T> (&p)[N]) {
+// (2^f - 1) / f for f in [-1/2, 1/2], minimax in relative error.
+template <class T> FA_INLINE Vec<T> exp2m1_ratio(Vec<T> f) {
   const auto horner = [&](const auto& c) __attribute__((always_inline)) {
+    Vec<T> p = splat<T>(c[0]);
     FA_UNROLL
-    for (int i = 0; i < N; i++) p[i] = splat<T>(c[0]);
-    FA_UNROLL
-    for (int j = 1; j < int(sizeof(c) / sizeof(T)); j++) FA_UNROLL
-    for (int i = 0; i < N; i++) p[i] = fma<T>(p[i], f[i], splat<T>(c[j]));
+    for (int i = 1; i < int(sizeof(c) / sizeof(T)); i++) p = fma<T>(p, f, splat<T>(c[i]));
+    return p;
   };
   if constexpr (sizeof(T) == 4) {  // degree 5: 1.1e-8
     const float c[6] = {1.5403512e-04f, 1.3390735e-03f, 9.618238e-03f,
                         5.5503573e-02f, 2.4022649e-01f, 6.931472e-01f};
-    horner(c);
+    return horner(c);
   } else {  // degree 10: 3.4e-18
     const double c[11] = {4.4347712982003767e-10, 7.0737832485031333e-09, 1.0178199571842138e-07,
                           1.3215435282308488e-06, 1.5252733493127489e-05, 1.5403530457112091e-04,
                           1.3333558146774621e-03, 9.6181291075941201e-03, 5.5504108664820083e-02,
                           2.4022650695910131e-01, 6.9314718055994533e-01};
-    horner(c);
+    return horner(c);
   }
 }
 
@@ -38,9 +36,7 @@ template <class T> FA_INLINE Vec<T> exp2_polynomial(Vec<T> f) {
     p = fma<T>(p, f, splat<T>(0.69314698f));
     return fma<T>(p, f, splat<T>(1.0f));
   } else {  // degree 11: 3.4e-18
-    Vec<T> p[1];
-    exp2m1_ratio_in_step<T, 1>({f}, p);
-    return fma<T>(p[0], f, splat<T>(1.0));
+    return fma<T>(exp2m1_ratio<T>(f), f, splat<T>(1.0));
   }
 }
 

@@ -54,35 +54,22 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
   Vec<T> max[NQ], any[NQ];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>), any[j] = load(seen + j * W<T>);
-  const auto keys = [&]<int K>(index_t i) FA_TILE {  // K keys from key i on
+  for (index_t i = 0; i < n; i++) {
     T* const at = s + i * NQ * W<T>;
-    Vec<T> x[K * NQ];
     FA_UNROLL
-    for (int t = 0; t < K * NQ; t++) {
-      x[t] = load(at + t * W<T>);
-      if constexpr (!SCALED_QUERIES<E>) x[t] *= f;
-    }
-    if constexpr (BENT) {
-      tanh_in_step<T>(x);
-      FA_UNROLL
-      for (int t = 0; t < K * NQ; t++) x[t] *= c;
-    }
-    FA_UNROLL
-    for (int t = 0; t < K * NQ; t++) {
-      const int j = t % NQ;
-      if (DENSE) {
-        const Vec<T> add = dense_at(dense, i + t / NQ, j);
-        x[t] = add == minus_inf ? minus_inf : x[t] + add;
+    for (int j = 0; j < NQ; j++) {
+      Vec<T> x = load(at + j * W<T>);
+      if constexpr (!SCALED_QUERIES<E>) x *= f;
+      if constexpr (BENT) x = c * tanh<T>(x);
+      if constexpr (DENSE) {
+        const Vec<T> add = dense_at(dense, i, j);
+        x = add == minus_inf ? minus_inf : x + add;
         any[j] = add == minus_inf ? any[j] : splat(T(1));
       }
-      max[j] = max_or_second<T>(x[t], max[j]);
-      store(at + t * W<T>, x[t]);
+      max[j] = max_or_second<T>(x, max[j]);
+      store(at + j * W<T>, x);
     }
-  };
-  constexpr int at_once = NQ < 4 ? 4 / NQ : 1;
-  index_t i = 0;
-  for (; i + at_once <= n; i += at_once) keys.template operator()<at_once>(i);
-  for (; i < n; i++) keys.template operator()<1>(i);
+  }
   keep_awake();
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {

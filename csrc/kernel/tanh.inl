@@ -1,17 +1,4 @@
-// tanh, for softcap and the GELU. Vectors go in step: the chain is so long that the processor does
-// not look past it for the next one.
-
-// a / b for b neither 0 nor infinite, within 1 ulp. Where a vector's division takes as long as 32
-// multiply-adds (Intel), by one step of Newton's from 14 bits.
-template <class T> FA_INLINE Vec<T> quotient(Vec<T> a, Vec<T> b) {
-#if defined(FUSEDATTN_AMX)
-  if constexpr (sizeof(T) == 4) {
-    const Vec<T> r = (Vec<T>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b), q = a * r;
-    return fma<T>(r, fma<T>(-b, q, a), q);
-  }
-#endif
-  return a / b;
-}
+// tanh, for softcap and the GELU.
 
 #if FUSEDATTN_VECTOR_BYTES == 64
 // Where a register holds 16 numbers a table of 32 is two of them, and tanh(|x|) a polynomial of
@@ -62,60 +49,39 @@ constexpr TanhTable make_tanh_table() {
 }
 inline constexpr TanhTable TANH_TABLE = make_tanh_table();
 
-template <int N> FA_INLINE void tanh_by_table(Vec<float> (&x)[N]) {
+FA_INLINE Vec<float> tanh_by_table(Vec<float> x) {
   using T = float;
   constexpr T step = T(TanhTable::step), most = T(31 * TanhTable::step);
+  const Vec<T> size = min_or_second<T>(splat(most), (Vec<T>)((IntVec<T>)x & 0x7fffffff));
   const Vec<T> magic = splat(Bits<T>::round_magic);
-  const auto at = [](int k, Vec<T> interval) __attribute__((always_inline)) {
-    return (Vec<T>)_mm512_permutex2var_ps((__m512)load(TANH_TABLE.c[k]), (__m512i)interval,
-                                          (__m512)load(TANH_TABLE.c[k] + W<T>));
-  };
-  Vec<T> size[N], interval[N], y[N];
+  const Vec<T> interval = fma<T>(size, splat(1 / step), magic);  // its number in the lowest bits
+  const Vec<T> rest = fma<T>(interval - magic, splat(-step), size);
+  Vec<T> y{};
   FA_UNROLL
-  for (int i = 0; i < N; i++)
-    size[i] = min_or_second<T>(splat(most), (Vec<T>)((IntVec<T>)x[i] & 0x7fffffff));
-  FA_UNROLL
-  for (int i = 0; i < N; i++) {
-    interval[i] = fma<T>(size[i], splat(1 / step), magic);  // its number in the lowest bits
-    size[i] = fma<T>(interval[i] - magic, splat(-step), size[i]);
-    y[i] = at(TanhTable::degree, interval[i]);
+  for (int k = TanhTable::degree; k >= 0; k--) {
+    const float* c = TANH_TABLE.c[k];
+    const Vec<T> own =
+        (Vec<T>)_mm512_permutex2var_ps((__m512)load(c), (__m512i)interval, (__m512)load(c + W<T>));
+    y = k == TanhTable::degree ? own : fma<T>(y, rest, own);
   }
-  FA_UNROLL
-  for (int k = TanhTable::degree - 1; k >= 0; k--) FA_UNROLL
-  for (int i = 0; i < N; i++) y[i] = fma<T>(y[i], size[i], at(k, interval[i]));
-  FA_UNROLL
-  for (int i = 0; i < N; i++)
-    x[i] = (Vec<T>)((IntVec<T>)y[i] | ((IntVec<T>)x[i] & typename Bits<T>::type(1u << 31)));
+  const IntVec<T> sign = (IntVec<T>)x & typename Bits<T>::type(1u << 31);
+  return (Vec<T>)((IntVec<T>)y | sign);
 }
 #endif
 
-// x = tanh(x), at most 4 ulp in float32. By m / (m + 2) with m = exp(2 x) - 1, which keeps its
-// digits near 0: m = 2^n (2^f - 1) + (2^n - 1), and 2^f - 1 is f times a polynomial.
-template <class T, int N> FA_INLINE void tanh_in_step(Vec<T> (&x)[N]) {
+// At most 4 ulp in float32. By m / (m + 2) with m = exp(2 x) - 1, which keeps its digits near 0:
+// m = 2^n (2^f - 1) + (2^n - 1), and 2^f - 1 is f times a polynomial.
+template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
 #if FUSEDATTN_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return tanh_by_table(x);
 #endif
   using B = Bits<T>;
   const Vec<T> limit = splat(T((sizeof(T) == 4 ? 20 : 40) * LOG2E)), one = splat(T(1)),
                magic = splat(B::round_magic);
-  Vec<T> z[N], p[N];
-  FA_UNROLL
-  for (int i = 0; i < N; i++)
-    x[i] = min_or_second<T>(limit, max_or_second<T>(-limit, x[i] * splat(T(2 * LOG2E))));
-  FA_UNROLL
-  for (int i = 0; i < N; i++) z[i] = x[i] + magic, x[i] -= z[i] - magic;
-  exp2m1_ratio_in_step<T>(x, p);
-  FA_UNROLL
-  for (int i = 0; i < N; i++) {
-    const Vec<T> power = (Vec<T>)(((IntVec<T>)z[i] << B::mantissa) +
-                                  (typename B::type(B::bias) << B::mantissa));  // 2^n
-    x[i] = fma<T>(p[i] * x[i], power, power - one);
-  }
-  FA_UNROLL
-  for (int i = 0; i < N; i++) x[i] = quotient<T>(x[i], x[i] + splat(T(2)));
-}
-template <class T> FA_INLINE Vec<T> tanh(Vec<T> x) {
-  Vec<T> one[1] = {x};
-  tanh_in_step<T>(one);
-  return one[0];
+  const Vec<T> t = min_or_second<T>(limit, max_or_second<T>(-limit, x * splat(T(2 * LOG2E))));
+  const Vec<T> z = t + magic, f = t - (z - magic);
+  const Vec<T> power =
+      (Vec<T>)(((IntVec<T>)z << B::mantissa) + (typename B::type(B::bias) << B::mantissa));  // 2^n
+  const Vec<T> m = fma<T>(exp2m1_ratio<T>(f) * f, power, power - one);
+  return m / (m + splat(T(2)));
 }
