@@ -48,11 +48,27 @@ template <class E> static size_t forward_scratch_amx(const ForwardHead& h, index
                 subs * (q + index_t(sizeof(Queries<float>)) + 8 * 64) + 16 * 64);
 }
 
+// Has the fetcher fetch what the next task reads first, beside the products of so many tiles of
+// scores.
+template <class E>
+FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQueries& next,
+                                  index_t tiles) {
+  constexpr index_t size = sizeof(E), P = PIECES<E>;
+  const index_t keys = next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0;
+  clear_fetcher(f);
+  fetch_rows(f, next.out, next.begin, next.end, h.dv * size);
+  fetch_rows(f, next.v, 0, keys, h.dv * size);
+  fetch_rows(f, next.k, 0, keys, h.d * size);
+  fetch_rows(f, next.q, next.begin, next.end, h.d * size);
+  const index_t products = up_to(h.d, DEPTH) / DEPTH * piece_order<P, P>().n +
+                           up_to(h.dv, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
+  start_fetching(f, tiles * products);
+}
 template <class E>
 static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
                         const NextQueries& next, void* scratch) {
   using T = float;
-  const Tiles tiles;
+  const Tiles configured;
   char* free = static_cast<char*>(scratch);
   Scored b;
   constexpr index_t widest = WIDEST<E> * W<T>;
@@ -70,6 +86,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   const LogitFactor factor = logit_factor<E>(h);
   int n = 0;
   Interval any{h.sk, 0};
+  index_t tiles = 0;  // of scores
   for (index_t q = q_begin; q < q_end; n++) {
     Queries<T>& x = subs[n];
     x.first = q;
@@ -86,11 +103,12 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     x.seen = carve<T>(free, lanes);
     __builtin_memset(x.o, 0, size_t(sums) * sizeof(T));
     for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = x.seen[i] = 0;
+    tiles += x.vectors * up_to(max_index(x.keys.any.high - x.keys.any.low, 0), TILE) / TILE;
     any.low = min_index(any.low, x.keys.any.low);
     any.high = max_index(any.high, x.keys.any.high);
     q += x.count;
   }
-  Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
+  fetch_next_queries<E>(b.fetcher, h, next, tiles);
   const bool bent = h.rules.softcap > 0;
 
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
@@ -107,8 +125,8 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       const Cover cover = cover_of<T>(h.rules, x, block);
       if (cover == Cover::none) continue;
       b.use_mask = cover == Cover::some;
-      b.bias = h.rules.bias;
       const bool last = i + 1 == n;
+      b.bias = h.rules.bias;
       if (b.bias.data)
         b.bias.data += subs[last ? 0 : i + 1].first * b.bias.row +
                        (block + (last ? KEY_BLOCK : 0)) * b.bias.col;
@@ -131,7 +149,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
           : b.has_dense ? 2 * DEPTH
                         : DEPTH,
           !bent && !b.has_dense && !keys.odd_k && !x.odd && (whole || SCALED_QUERIES<E>)};
-      block_probabilities<E>(h, b, k, keys, plan, ahead);
+      block_probabilities<E>(h, b, k, keys, plan);
       add_values<E>(h, b, v, keys);
     }
   }

@@ -33,7 +33,7 @@ FA_NOINLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, in
 // joins block_max. DROPS: with dropout.
 template <class E, bool RAW, bool DROPS>
 FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float factor,
-                              const Kept& kept, const Operand& words, Ahead& ahead) {
+                              const Kept& kept, const Operand& words) {
   using T = float;
   constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
   const index_t lanes = b.x->vectors * W<T>;
@@ -62,10 +62,6 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
         const char* p = b.bias.data + (j + i) * b.bias.row + key * b.bias.col;
         prefetch_far(p);
         if (sizeof(E) == 4) prefetch_far(p + 64);
-      }
-      if (j == 0 && ahead.burst) {
-        fetch_ahead(ahead);
-        fetch_ahead(ahead);
       }
     }
     store(b.sum + j, sum);
@@ -115,11 +111,11 @@ FA_INLINE void begin_block(Scored& b, index_t lanes) {
 // P of 32 keys; dropout.
 template <class E>
 FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float factor, index_t key,
-                             const float* s, Ahead& ahead) {
+                             const float* s) {
   const Operand words{b.words.data + key / 2 * b.words.row, b.words.row, b.words.piece};
   Kept kept;
   const auto run = [&](auto f)
-                       __attribute__((always_inline)) { f(b, key, s, factor, kept, words, ahead); };
+                       __attribute__((always_inline)) { f(b, key, s, factor, kept, words); };
   if (h.rules.dropout.threshold) {
     draw_kept(h.rules.dropout, b.x->first, b.x->vectors * W<float>, b.block + key, kept);
     return raw ? run(exponentials<E, true, true>) : run(exponentials<E, false, true>);
@@ -133,7 +129,7 @@ FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float fa
 // first.
 template <class E>
 FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matrix& k,
-                                     const KeyBlock& keys, const Plan& plan, Ahead& ahead) {
+                                     const KeyBlock& keys, const Plan& plan) {
   using T = float;
   Queries<T>& x = *b.x;
   const index_t lanes = x.vectors * W<T>;
@@ -145,7 +141,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
     score_strip<E>(h, b, k, keys, plan, !raw, key, s);
     for (index_t i = 0; i < min_index(plan.strip, b.high - key); i += DEPTH) {
       first_max(b, s + i * lanes, factor);
-      if (!later) probabilities<E>(h, b, raw, factor, key + i, s + i * lanes, ahead);
+      if (!later) probabilities<E>(h, b, raw, factor, key + i, s + i * lanes);
     }
   }
   IntVec<T> grown{};
@@ -161,7 +157,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
       score_strip<E>(h, b, k, keys, plan, true, key, b.s + key * lanes);
   }
   for (index_t key = b.low; (x.risen || later) && key < b.high; key += DEPTH)
-    probabilities<E>(h, b, false, 1, key, b.s + key * lanes, ahead);
+    probabilities<E>(h, b, false, 1, key, b.s + key * lanes);
   IntVec<T> moved{};
   for (index_t i = 0; i < lanes; i += W<T>) {
     const Vec<T> before = load(x.max + i), max = load(b.max + i), r = exp2<T>(before - max);
@@ -202,7 +198,7 @@ template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v
 // O = O * rescale + P V. Of float32 the block's own sum is made first and then joins, with fewer
 // roundings; else O is rescaled, and the sums go on in the tiles.
 template <class E>
-FA_NOINLINE void add_values(const ForwardHead& h, const Scored& b, const Matrix& v,
+FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, const Matrix& v,
                             const KeyBlock& keys) {
   using T = float;
   Queries<T>& x = *b.x;
@@ -213,7 +209,7 @@ FA_NOINLINE void add_values(const ForwardHead& h, const Scored& b, const Matrix&
         words{b.words.data + b.low / 2 * b.words.row + 4 * j, b.words.row, b.words.piece};
     T* o = x.o + i * lanes + j;
     if constexpr (P == 3) {
-      tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE);
+      tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE, Fetch{b.fetcher});
       for (index_t c = 0; c < MI * TILE; c++) {
         FA_UNROLL
         for (int n = 0; n < NJ; n++) {
@@ -223,7 +219,8 @@ FA_NOINLINE void add_values(const ForwardHead& h, const Scored& b, const Matrix&
         }
       }
     } else {
-      tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes);
+      tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes,
+                                                      Fetch{b.fetcher});
     }
   });
   if (keys.odd_v) mend_values<E>(b, v, h.dv);

@@ -89,6 +89,7 @@ struct Scored {
   float *s, *tile;  // (128, lanes) each
   float* sums;      // 32 x 32
   Operand words;    // P
+  Fetcher fetcher;  // of what the next task reads
   Matrix bias;      // of the sub-block and block that come next, to be fetched; or null
   // Of the block: what P is relative to, the largest logit, the factor of what was summed up
   // before, the sum of P.
@@ -141,7 +142,7 @@ FA_NOINLINE void score_strip(const ForwardHead& h, Scored& b, const Matrix& k, c
   const index_t low = max_index(key, b.k0 - b.block), high = min_index(end, b.k1 - b.block);
   multiply_operands<PIECES<E>, PIECES<E>>(
       high - key, lanes, h.d, {keys.k.data + key * keys.k.row, keys.k.row, keys.k.piece}, q, s,
-      4 * lanes);
+      4 * lanes, Fetch{b.fetcher});
   if (keys.odd_k || x.odd)
     mend_scores<E>(k, low, high - low, h.q, x.first, x.count, h.d, plan.factor.in_q,
                    s + (low - key) * lanes, lanes);
