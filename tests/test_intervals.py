@@ -7,6 +7,7 @@ import pytest
 
 import fusedattn
 from tests.accuracy import Problem, assert_accurate, fused
+from tests.strategies import DTYPES
 
 RULES = [
     {"window": (0, 0)},
@@ -46,6 +47,28 @@ def test_a_few_queries_at_the_end(isa, sq, left):
     rules = {"window": (left, 0), "q_offset": 300 - sq}
     p = problem(rules, np.float32, sq, 300)
     assert_accurate(fused(p), p)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_of_keys_has_the_bits_of_the_same_for_every_pair(isa, dtype, is_causal):
+    """Keys hidden at the ends of a block are left out, those between are not; junk stays unseen."""
+    j = np.arange(300)
+    keys = np.stack([j < 137, j >= 141, (j < 30) | (j > 290), j % 3 == 0, (j >= 250) & (j < 259)])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((5, 2, n, 40)).astype(dtype) for n in (150, 300, 300))
+    for x in (k, v):
+        x[np.broadcast_to(~keys[:, None], (5, 2, 300))] = np.nan
+    rules = {"is_causal": is_causal, "return_lse": True}
+    out, lse = fusedattn.attention(q, k, v, mask=keys[:, None, None], **rules)
+    pairs = np.repeat(keys[:, None, None], 150, axis=2)
+    same, same_lse = fusedattn.attention(q, k, v, mask=pairs, **rules)
+    np.testing.assert_array_equal(out, same)
+    np.testing.assert_array_equal(lse, same_lse)
+    assert np.isfinite(out.astype(np.float64)).all()
+    if is_causal:
+        assert not out[4].any()
+        assert np.isneginf(lse[4]).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -125,6 +125,17 @@ template <class T> FA_INLINE Cover cover_of(const Rules& rules, Queries<T>& x, i
   return x.cover[(block - x.covered) / KEY_BLOCK];
 }
 
+// Of a mask that is the same for every query: leaves out keys of [k0, k1) that it hides at either
+// end. Does it hide any in between?
+FA_INLINE bool trim_hidden(const Matrix& mask, index_t& k0, index_t& k1) {
+  const auto hides = [&](index_t key) { return mask.data[key * mask.col] == 0; };
+  while (k1 > k0 && hides(k1 - 1)) k1--;
+  while (k1 > k0 && hides(k0)) k0++;
+  for (index_t key = k0; key < k1; key++)
+    if (hides(key)) return true;
+  return false;
+}
+
 // The queries in W lanes from r on; the last one again where there are no more.
 template <class T>
 FA_INLINE void dense_queries(const Queries<T>& x, index_t r, index_t (&query)[W<T>]) {

@@ -72,7 +72,8 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
   const Factors factors = logit_factors<T>(h.scale, h.rules);
   const Cover cover = cover_of<T>(h.rules, x, block);
   if (cover == Cover::none) return;
-  const bool use_mask = cover == Cover::some;
+  bool use_mask = cover == Cover::some;
+  if (use_mask && h.rules.mask.row == 0 && !PAIRS<E>) use_mask = trim_hidden(h.rules.mask, k0, k1);
   alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));

@@ -119,12 +119,13 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     keys.odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys.v);
     for (int i = 0; i < n; i++) {
       Queries<T>& x = subs[i];
-      const index_t k0 = max_index(block, x.keys.any.low),
-                    k1 = min_index(block + rows, x.keys.any.high);
+      index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(block + rows, x.keys.any.high);
       if (k0 >= k1) continue;
       const Cover cover = cover_of<T>(h.rules, x, block);
       if (cover == Cover::none) continue;
       b.use_mask = cover == Cover::some;
+      if (b.use_mask && h.rules.mask.row == 0) b.use_mask = trim_hidden(h.rules.mask, k0, k1);
+      if (k0 >= k1) continue;
       const bool last = i + 1 == n;
       b.bias = h.rules.bias;
       if (b.bias.data)
