@@ -64,6 +64,7 @@ FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQu
                            up_to(h.dv, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
   start_fetching(f, tiles * products);
 }
+
 template <class E>
 static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
                         const NextQueries& next, void* scratch) {
