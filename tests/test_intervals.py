@@ -71,6 +71,24 @@ def test_a_mask_of_keys_has_the_bits_of_the_same_for_every_pair(isa, dtype, is_c
         assert np.isneginf(lse[4]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_within_documents_has_the_bits_of_one_mask(isa, dtype):
+    """A document's first key lies anywhere in a block; one query's keys are all hidden."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 230, 40)).astype(dtype) for _ in range(3))
+    ids = np.repeat(np.arange(3), [40, 160, 30])
+    mask = rng.random((230, 230)) < 0.6
+    mask[77] = False
+    rules = {"return_lse": True}
+    out, lse = fusedattn.attention(q, k, v, mask=mask, segment_ids=ids[None], **rules)
+    both = mask & (ids[:, None] == ids)
+    same, same_lse = fusedattn.attention(q, k, v, mask=both, **rules)
+    np.testing.assert_array_equal(out, same)
+    np.testing.assert_array_equal(lse, same_lse)
+    assert not out[:, :, 77].any()
+    assert np.isneginf(lse[:, :, 77]).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_as_the_mask_that_means_the_same(isa, threads):
     p = problem({}, np.float32, 200, 200)

@@ -143,14 +143,16 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       for (Dense<T>& dense : b.dense) dense = {};
       // Masks are read 64 keys at a time; where V holds what cannot be cut, masks and biases of the
       // whole block are wanted. Keys left out are -inf, which a factor could turn into NaN.
-      b.has_dense = has_dense(h.rules, b.use_mask) || b.cut[1] > k0 || b.cut[2] < k1;
+      const bool ragged = b.cut[1] > k0 || b.cut[2] < k1;
+      b.has_dense = has_dense(h.rules, b.use_mask) || ragged;
+      b.masked = b.use_mask && !has_dense(h.rules, false) && !ragged && !keys.odd_v;
       const bool whole = k0 - block == b.low && k1 - block == b.high;
-      const Plan plan{
-          factor,
-          keys.odd_v    ? KEY_BLOCK
-          : b.has_dense ? 2 * DEPTH
-                        : DEPTH,
-          !bent && !b.has_dense && !keys.odd_k && !x.odd && (whole || SCALED_QUERIES<E>)};
+      const Plan plan{factor,
+                      keys.odd_v    ? KEY_BLOCK
+                      : b.has_dense ? 2 * DEPTH
+                                    : DEPTH,
+                      !bent && (!b.has_dense || b.masked) && !keys.odd_k && !x.odd &&
+                          (whole || SCALED_QUERIES<E>)};
       block_probabilities<E>(h, b, k, keys, plan);
       add_values<E>(h, b, v, keys);
     }

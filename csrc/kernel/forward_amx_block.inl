@@ -28,12 +28,48 @@ FA_NOINLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, in
             });
 }
 
+// What a mask says of 64 keys from `key` of the block on: b.shown, and x.seen.
+FA_NOINLINE void read_mask(const Matrix& mask, Scored& b, index_t key) {
+  const index_t lanes = b.x->vectors * W<float>, first = b.block + key;
+  const uint64_t inside = ~uint64_t(0) << max_index(b.k0 - first, 0);  // from k0 on
+  for (index_t i = 0; i < lanes; i++) {
+    const char* p = mask.data + (b.x->first + min_index(i, b.x->count - 1)) * mask.row;
+    uint64_t bits = 0;
+    if (mask.col == 1 && first + 64 <= b.k1) {
+      const __m512i bytes = _mm512_loadu_si512(p + first);
+      bits = _mm512_test_epi8_mask(bytes, bytes);
+    } else {
+      for (index_t k = 0; k < min_index(64, b.k1 - first); k++)
+        bits |= uint64_t(p[(first + k) * mask.col] != 0) << k;
+    }
+    bits &= inside;
+    b.shown[0][i] = uint32_t(bits), b.shown[1][i] = uint32_t(bits >> DEPTH);
+    if (bits) b.x->seen[i] = 1;
+  }
+}
+
+// 1, 2, 4, ...: broadcast from memory, which costs nothing.
+struct BitTable {
+  uint32_t bit[DEPTH];
+};
+inline constexpr BitTable BITS = [] {
+  BitTable t{};
+  for (int i = 0; i < int(DEPTH); i++) t.bit[i] = 1u << i;
+  return t;
+}();
+// S of key i of 32, -inf where it is not shown.
+FA_INLINE Vec<float> show(Vec<float> s, const uint32_t* shown, index_t i) {
+  const __m512i bit = _mm512_set1_epi32(int(BITS.bit[i]));
+  const __mmask16 lanes = _mm512_test_epi32_mask(_mm512_loadu_si512(shown), bit);
+  return (Vec<float>)_mm512_mask_mov_ps((__m512)splat(-Bits<float>::infinity), lanes, (__m512)s);
+}
+
 // P = exp2(S - max) of 32 keys, of which the last 16 are left out if they do not exist, cut into
 // words, and its sum. RAW: S is what the product gave; its factor is to be applied, and its maximum
-// joins block_max. DROPS: with dropout.
-template <class E, bool RAW, bool DROPS>
+// joins block_max. DROPS: with dropout. MASKED: only of what is shown.
+template <class E, bool RAW, bool DROPS, bool MASKED>
 FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float factor,
-                              const Kept& kept, const Operand& words) {
+                              const Kept& kept, const uint32_t* shown, const Operand& words) {
   using T = float;
   constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
   const index_t lanes = b.x->vectors * W<T>;
@@ -45,8 +81,12 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
     char* to = words.data + 4 * j;
     for (int i = 0; i < half; i++, at += lanes, to += words.row) {
       Vec<T> x = load(at), y = BOTH ? load(at + half * lanes) : Vec<T>{};
+      if constexpr (RAW && !SCALED_QUERIES<E>) x *= f, y *= f;
+      if constexpr (MASKED) {
+        x = show(x, shown + j, i);
+        if constexpr (BOTH) y = show(y, shown + j, i + half);
+      }
       if constexpr (RAW) {
-        if constexpr (!SCALED_QUERIES<E>) x *= f, y *= f;
         max = max_or_second<T>(x, max);
         if constexpr (BOTH) max = max_or_second<T>(y, max);
       }
@@ -66,7 +106,7 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
     }
     store(b.sum + j, sum);
     if constexpr (RAW) store(b.block_max + j, max);
-    if ((!RAW && b.has_dense) || DROPS) keep_awake();
+    if ((!RAW && b.has_dense) || DROPS || MASKED) keep_awake();
   };
   const bool both = b.block + key + half < b.k1;
   for (index_t j = 0; j < lanes; j += W<T>)
@@ -88,7 +128,7 @@ FA_INLINE float word_element(const Operand& words, int pieces, index_t key, inde
 }
 
 // The maxima of 32 keys, for queries that have seen none so far.
-FA_NOINLINE void first_max(Scored& b, const float* s, float factor) {
+FA_NOINLINE void first_max(Scored& b, const float* s, float factor, const uint32_t* shown) {
   using T = float;
   const index_t lanes = b.x->vectors * W<T>;
   const Vec<T> lowest = splat(Bits<T>::lowest), f = splat(factor);
@@ -96,7 +136,10 @@ FA_NOINLINE void first_max(Scored& b, const float* s, float factor) {
     const Vec<T> max = load(b.max + j);
     if (!any_lane<float>(max == lowest)) continue;
     Vec<T> here = lowest;
-    for (index_t i = 0; i < DEPTH; i++) here = max_or_second<T>(load(s + i * lanes + j) * f, here);
+    for (index_t i = 0; i < DEPTH; i++) {
+      const Vec<T> logit = load(s + i * lanes + j) * f;
+      here = max_or_second<T>(shown ? show(logit, shown + j, i) : logit, here);
+    }
     store(b.max + j, max == lowest ? here : max);
   }
 }
@@ -108,19 +151,21 @@ FA_INLINE void begin_block(Scored& b, index_t lanes) {
   }
 }
 
-// P of 32 keys; dropout.
+// P of 32 keys, what a mask shows of them or null; dropout.
 template <class E>
 FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float factor, index_t key,
-                             const float* s) {
+                             const float* s, const uint32_t* shown) {
   const Operand words{b.words.data + key / 2 * b.words.row, b.words.row, b.words.piece};
   Kept kept;
   const auto run = [&](auto f)
-                       __attribute__((always_inline)) { f(b, key, s, factor, kept, words); };
+                       __attribute__((always_inline)) { f(b, key, s, factor, kept, shown, words); };
   if (h.rules.dropout.threshold) {
     draw_kept(h.rules.dropout, b.x->first, b.x->vectors * W<float>, b.block + key, kept);
-    return raw ? run(exponentials<E, true, true>) : run(exponentials<E, false, true>);
+    if (shown) return run(exponentials<E, true, true, true>);
+    return raw ? run(exponentials<E, true, true, false>) : run(exponentials<E, false, true, false>);
   }
-  raw ? run(exponentials<E, true, false>) : run(exponentials<E, false, false>);
+  if (shown) return run(exponentials<E, true, false, true>);
+  raw ? run(exponentials<E, true, false, false>) : run(exponentials<E, false, false, false>);
 }
 
 // P of a block, and the maximum and the factors that go with it. First from the maximum of the
@@ -139,9 +184,11 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
   for (index_t key = b.low; key < b.high; key += plan.strip) {
     T* s = b.s + (later ? key * lanes : 0);
     score_strip<E>(h, b, k, keys, plan, !raw, key, s);
+    if (raw && b.masked) read_mask(h.rules.mask, b, key);
     for (index_t i = 0; i < min_index(plan.strip, b.high - key); i += DEPTH) {
-      first_max(b, s + i * lanes, factor);
-      if (!later) probabilities<E>(h, b, raw, factor, key + i, s + i * lanes);
+      const uint32_t* shown = raw && b.masked ? b.shown[i / DEPTH] : nullptr;
+      first_max(b, s + i * lanes, factor, shown);
+      if (!later) probabilities<E>(h, b, raw, factor, key + i, s + i * lanes, shown);
     }
   }
   IntVec<T> grown{};
@@ -157,7 +204,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
       score_strip<E>(h, b, k, keys, plan, true, key, b.s + key * lanes);
   }
   for (index_t key = b.low; (x.risen || later) && key < b.high; key += DEPTH)
-    probabilities<E>(h, b, false, 1, key, b.s + key * lanes);
+    probabilities<E>(h, b, false, 1, key, b.s + key * lanes, nullptr);
   IntVec<T> moved{};
   for (index_t i = 0; i < lanes; i += W<T>) {
     const Vec<T> before = load(x.max + i), max = load(b.max + i), r = exp2<T>(before - max);
@@ -165,7 +212,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matr
     store(b.rescale + i, r);
     store(x.max + i, max);
     store(x.sum + i, fma<T>(load(x.sum + i), r, load(b.sum + i)));
-    if (plan.raw) store(x.seen + i, splat(T(1)));
+    if (plan.raw && !b.masked) store(x.seen + i, splat(T(1)));
   }
   // Of three pieces, what was summed up is rescaled when the block's sum joins it.
   if (P_PIECES<E> < 3 && any_lane<float>(moved))

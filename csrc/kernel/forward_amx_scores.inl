@@ -85,12 +85,14 @@ struct Scored {
   index_t block, k0, k1, low, high;
   index_t cut[4];  // ranges: ragged, seen by every query, ragged
   Dense<float> dense[3];
-  bool use_mask, has_dense;
-  float *s, *tile;  // (128, lanes) each
-  float* sums;      // 32 x 32
-  Operand words;    // P
-  Fetcher fetcher;  // of what the next task reads
-  Matrix bias;      // of the sub-block and block that come next, to be fetched; or null
+  bool use_mask, has_dense, masked;  // masked: by a mask and nothing else
+  float *s, *tile;                   // (128, lanes) each
+  float* sums;                       // 32 x 32
+  Operand words;                     // P
+  Fetcher fetcher;                   // of what the next task reads
+  Matrix bias;  // of the sub-block and block that come next, to be fetched; or null
+  // Of 64 keys: a bit for each of 32, 1 where a mask shows it to the query.
+  alignas(64) uint32_t shown[2][LANES<float>];
   // Of the block: what P is relative to, the largest logit, the factor of what was summed up
   // before, the sum of P.
   alignas(64) float max[LANES<float>], block_max[LANES<float>], rescale[LANES<float>],
