@@ -79,6 +79,7 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
     Vec<T> sum = load(b.sum + j), max = load(b.block_max + j);
     const T* at = s + j;
     char* to = words.data + 4 * j;
+    const char* bias = b.bias.data ? b.bias.data + j * b.bias.row + key * b.bias.col : nullptr;
     for (int i = 0; i < half; i++, at += lanes, to += words.row) {
       Vec<T> x = load(at), y = BOTH ? load(at + half * lanes) : Vec<T>{};
       if constexpr (RAW && !SCALED_QUERIES<E>) x *= f, y *= f;
@@ -98,15 +99,15 @@ FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float fact
         y = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[((i + half) * lanes + j) / W<T>], (__m512)y);
       }
       store_words<P>(to, words.piece, cut_computed<P>(x), cut_computed<P>(y));
-      if (b.bias.data) {
-        const char* p = b.bias.data + (j + i) * b.bias.row + key * b.bias.col;
-        prefetch_far(p);
-        if (sizeof(E) == 4) prefetch_far(p + 64);
+      if (bias) {
+        prefetch_far(bias);
+        if (sizeof(E) == 4) prefetch_far(bias + 64);
+        bias += b.bias.row;
       }
     }
     store(b.sum + j, sum);
     if constexpr (RAW) store(b.block_max + j, max);
-    if ((!RAW && b.has_dense) || DROPS || MASKED) keep_awake();
+    if (j == 0 && (DROPS || MASKED || (!RAW && b.has_dense))) keep_awake();
   };
   const bool both = b.block + key + half < b.k1;
   for (index_t j = 0; j < lanes; j += W<T>)
