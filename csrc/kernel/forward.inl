@@ -74,6 +74,7 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
   if (cover == Cover::none) return;
   bool use_mask = cover == Cover::some;
   if (use_mask && h.rules.mask.row == 0 && !PAIRS<E>) use_mask = trim_hidden(h.rules.mask, k0, k1);
+  if (k0 >= k1) return;
   alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) store(block_max + j * W<T>, splat(Bits<T>::lowest));
