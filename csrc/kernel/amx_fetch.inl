@@ -57,11 +57,11 @@ FA_NOINLINE void fetch_line(Fetcher& f) {
   }
 }
 
-// The work beside a product.
+// The work beside products.
 struct Fetch {
   Fetcher& f;
-  FA_INLINE_MEMBER void operator()() {
-    f.due += f.rate;
+  FA_INLINE_MEMBER void operator()(int products) {
+    f.due += products * f.rate;
     if (__builtin_expect(f.due >= Fetcher::whole, 0)) fetch_line(f);
   }
 };

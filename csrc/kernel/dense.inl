@@ -25,11 +25,15 @@ template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> posit
   return slope * (ahead < Vec<T>{} ? -ahead : ahead);
 }
 
-// On tiles the exponentials of forward fetch a bias, one line at a time.
+// On tiles the exponentials of forward fetch a bias, one line at a time. There the dense part is
+// made beside products, but for bfloat16.
 #if defined(FUSEDATTN_AMX)
 inline constexpr bool FORWARD_FETCHES_BIAS = false;
+template <class E> inline constexpr bool BESIDE_PRODUCTS = true;
+template <> inline constexpr bool BESIDE_PRODUCTS<BFloat> = false;
 #else
 inline constexpr bool FORWARD_FETCHES_BIAS = true;
+template <class E> inline constexpr bool BESIDE_PRODUCTS = false;
 #endif
 // W elements of a row of the bias, n of which exist. FETCH: also those of the keys that come next:
 // rows of a matrix in DRAM are too short for the hardware to see it coming. Of the first block,
@@ -208,7 +212,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
     IntVec<T> segment{};
     for (int i = 0; i < W<T> && rules.segments.q_number; i++)
       segment[i] = rules.segments.q_number[query[i]];
-    keep_awake();
+    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));

@@ -43,7 +43,7 @@ FA_NOINLINE void add_dense(index_t n, T* p, const Dense<T>& dense, T* max_io, T*
 }
 
 // The same of a mask alone, for queries that may see all keys but those it hides.
-template <class T>
+template <class E, class T = Compute<E>>
 FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1, T* p,
                             T* max_io) {
   using Int = typename Bits<T>::type;
@@ -53,7 +53,7 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   for (index_t r = 0; r < lanes; r += W<T>) {
     index_t query[W<T>];
     dense_queries<T>(x, r, query);
-    keep_awake();
+    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
     Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
     IntVec<T> any{};
     T* at = p + r;
@@ -89,7 +89,7 @@ FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0,
     const char* row[W<T>];
     for (int i = 0; i < W<T>; i++)
       row[i] = bias.data + (x.first + min_index(r + i, x.count - 1)) * bias.row + k0 * bias.col;
-    keep_awake();
+    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
     Adding<T> sums;
     sums.load_from(max_io + r, x.seen + r);
     T* at = p + r;
@@ -119,7 +119,7 @@ template <class E, class T = Compute<E>>
 FA_NOINLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
                                     bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
   const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
-  if (!others && !rules.bias.data) return apply_mask<T>(rules, x, k0, k1, p, max_io);
+  if (!others && !rules.bias.data) return apply_mask<E>(rules, x, k0, k1, p, max_io);
   if (!others && !use_mask && (k1 - k0) % W<T> == 0 && is_native_bias<E>(rules.bias))
     return apply_bias<E>(rules, x, k0, k1, p, max_io);
   const index_t lanes = x.vectors * W<T>;

@@ -114,7 +114,7 @@ FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScra
   for (index_t i = 0; i < n; i += DEPTH) {
     cut_matrix<E, false, false>(v.at(i), 0, DEPTH, x.dv, x.v_cut);
     const Operand p{x.p_cut.data + 2 * i, x.p_cut.row, x.p_cut.piece};
-    if (P == 3 && i == 0)
+    if (PIPELINED<E> && i == 0)
       multiply_operands<P, PIECES<E>, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
     else
       multiply_operands<P, PIECES<E>, true, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
@@ -153,9 +153,13 @@ FA_NOINLINE void few_exponentials(Row<float>& x, int r, index_t k0, index_t n, i
   const index_t all = up_to(before + n, DEPTH);
   for (index_t i = 0; i < before; i++) p[i] = -Bits<T>::infinity;
   for (index_t i = before + round_up<T>(n); i < all; i++) p[i] = -Bits<T>::infinity;
-  T max = x.max;
-  for (index_t i = 0; i < all && max == Bits<T>::lowest; i += DEPTH) max = few_max(x, p + i, DEPTH);
-  max = next_max(max, few_max(x, p, all));
+  T max = few_max(x, p, all);
+  if constexpr (!PIPELINED<E>) {
+    T first = x.max;
+    for (index_t i = 0; i < all && first == Bits<T>::lowest; i += DEPTH)
+      first = few_max(x, p + i, DEPTH);
+    max = next_max(first, max);
+  }
   x.rescale = exp2<T>(splat(x.max) - splat(max))[0];
   x.max = max;
   for (index_t i = 0; i < all; i += DEPTH) {
@@ -183,7 +187,7 @@ template <class E>
 FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows& v, index_t before,
                                      index_t n, const FewTiles& tiles, FewFetch& fetch,
                                      const FewScratch<E>& x) {
-  constexpr bool apart = P_PIECES<E> == 3;  // the block's own sum is made, and then joins
+  constexpr bool apart = PIPELINED<E>;  // the block's own sum is made, and then joins
   const index_t all = up_to(before + n, DEPTH), dv = rows[0].head->dv;
   for (int r = 0; !apart && r < count; r++)
     for (index_t c = 0; rows[r].rescale != 1 && c < x.dv; c += W<float>)

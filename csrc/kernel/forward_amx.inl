@@ -8,9 +8,8 @@
 //
 // Cost for 16 scores (one vector) at d = 64, in cycles: the products 2 * 2 * d / 32 = 4 for each
 // pair of pieces in registers, so 24 for float32 and 4 for bfloat16, and half as much again for
-// loads and stores of tiles; exponential, sums and cutting 7 to 9. Cutting K and V is shared by the
-// queries of a task. Exponentials between the tiles' instructions, of other keys, were tried: no
-// faster with any type than one after the other with all that is touched in the L1 cache.
+// loads and stores of tiles; exponential, sums and cutting 10. Cutting K and V is shared by the
+// queries of a task.
 
 // Rows [r0, r0 + rows) of k or v, gathered from pages to scratch, `cols` elements each.
 template <class E>
@@ -31,21 +30,37 @@ FA_INLINE Matrix block_rows(const Matrix& m, const Pages& pages, index_t page, i
   return {m.data + block * m.row, m.row, m.col};
 }
 
-// Vectors of queries in a sub-block: of three pieces, as many as leave P in the L1 cache.
-template <class E> inline constexpr int WIDEST = PIECES<E> == 3 ? 2 : MAX_NJ;
+// What a task needs beside its queries. Pipelined, some of it twice or three times.
+template <class E> struct ForwardScratch {
+  static constexpr int twice = PIPELINED<E> ? 2 : 1, units = PIPELINED<E> ? 3 : 1;
+  float *s[twice], *tile, *sums;
+  Operand words[twice];
+  KeyBlock keys[twice];
+  E *k_rows, *v_rows;  // from pages
 
+  FA_INLINE_MEMBER ForwardScratch(const ForwardHead& h, char*& free) {
+    constexpr index_t widest = WIDEST<E> * W<float>;
+    tile = carve<float>(free, KEY_BLOCK * widest);
+    sums = carve<float>(free, 4 * TILE * TILE);
+    for (int i = 0; i < twice; i++) {
+      s[i] = carve<float>(free, KEY_BLOCK * widest);
+      words[i] = words_operand(free, P_PIECES<E>, KEY_BLOCK, widest);
+      keys[i] = {rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
+                 rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
+    }
+    k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0);
+    v_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.dv : 0);
+  }
+};
 template <class E> static size_t forward_scratch_amx(const ForwardHead& h, index_t queries) {
-  const index_t subs = (queries + W<float> - 1) / W<float>, L = WIDEST<E> * W<float>;
-  char* end = nullptr;  // what is carved, but for the queries
-  words_operand(end, P_PIECES<E>, KEY_BLOCK, L);
-  rows_operand(end, PIECES<E>, KEY_BLOCK, h.d);
-  rows_operand(end, PIECES<E>, h.dv, KEY_BLOCK);
+  char* const from = reinterpret_cast<char*>(uintptr_t(64));
+  char* free = from;
+  ForwardScratch<E>(h, free);
+  const index_t subs = (queries + W<float> - 1) / W<float>;
   const index_t q = PIECES<E> * as_words(nullptr, h.d, 2 * TILE).piece / 2;  // of 16 lanes, at most
-  const index_t numbers =
-      4 * (subs * W<float> * (up_to(h.dv, TILE) + 4) + 2 * KEY_BLOCK * L + 4 * TILE * TILE);
-  const index_t gathered = h.pages.table ? KEY_BLOCK * (h.d + h.dv) * index_t(sizeof(E)) : 0;
-  return size_t(end - static_cast<char*>(nullptr) + numbers + gathered +
-                subs * (q + index_t(sizeof(Queries<float>)) + 8 * 64) + 16 * 64);
+  const index_t numbers = 4 * subs * W<float> * (up_to(h.dv, TILE) + 4);
+  return size_t(free - from + numbers + subs * (q + index_t(sizeof(Queries<float>)) + 8 * 64) +
+                16 * 64);
 }
 
 // Has the fetcher fetch what the next task reads first, beside the products of so many tiles of
@@ -65,22 +80,45 @@ FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQu
   start_fetching(f, tiles * products);
 }
 
+// Keys [k0, k1) for b, and how they are computed.
+template <class E>
+FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_t block, index_t k0,
+                         index_t k1, bool use_mask, Scored& b) {
+  const Span& keys = b.x->keys;
+  b.block = block, b.k0 = k0, b.k1 = k1, b.use_mask = use_mask;
+  b.low = (k0 - block) / DEPTH * DEPTH;
+  b.high = up_to(k1 - block, DEPTH);
+  b.cut[0] = k0;
+  b.cut[1] = max_index(k0, min_index(k1, keys.all.low));
+  b.cut[2] = max_index(b.cut[1], min_index(k1, keys.all.high));
+  b.cut[3] = k1;
+  for (Dense<float>& dense : b.dense) dense = {};
+  const bool ragged = b.cut[1] > k0 || b.cut[2] < k1, odd_v = b.keys->odd_v;
+  b.has_dense = has_dense(h.rules, use_mask) || ragged;
+  b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !odd_v;
+  // Keys left out are -inf, which a factor could turn into NaN.
+  const bool whole = k0 - block == b.low && k1 - block == b.high, odd = b.keys->odd_k || b.x->odd;
+  b.plan = {
+      factor, 0,
+      h.rules.softcap <= 0 && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>)};
+  // Masks are read 64 keys at a time, rows of a bias are best read in one go; where V holds what
+  // cannot be cut, masks and biases of the whole block are wanted.
+  const bool mask_bytes = use_mask && !b.masked;
+  if (odd_v)
+    b.plan.chunk = KEY_BLOCK;
+  else if constexpr (PIPELINED<E>)
+    b.plan.chunk = h.rules.bias.data ? KEY_BLOCK : mask_bytes ? 2 * DEPTH : DEPTH / 2;
+  else
+    b.plan.chunk = b.has_dense ? 2 * DEPTH : DEPTH;
+}
+
 template <class E>
 static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
                         const NextQueries& next, void* scratch) {
   using T = float;
   const Tiles configured;
   char* free = static_cast<char*>(scratch);
-  Scored b;
-  constexpr index_t widest = WIDEST<E> * W<T>;
-  b.s = carve<T>(free, KEY_BLOCK * widest);
-  b.tile = carve<T>(free, KEY_BLOCK * widest);
-  b.sums = carve<T>(free, 4 * TILE * TILE);
-  const Operand words = words_operand(free, P_PIECES<E>, KEY_BLOCK, widest);
-  KeyBlock keys{rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
-                rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
-  E *k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0),
-    *v_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.dv : 0);
+  ForwardScratch<E> own(h, free);
   auto* subs = reinterpret_cast<Queries<T>*>(
       carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(Queries<T>))));
 
@@ -109,53 +147,53 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     any.high = max_index(any.high, x.keys.any.high);
     q += x.count;
   }
-  fetch_next_queries<E>(b.fetcher, h, next, tiles);
-  const bool bent = h.rules.softcap > 0;
+  Pipeline pipeline{h, {}, nullptr, nullptr};
+  fetch_next_queries<E>(pipeline.fetcher, h, next, tiles);
 
+  Scored units[ForwardScratch<E>::units];
+  index_t turn = 0;  // of units, and of blocks of keys
+  KeyBlock* keys = own.keys;
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t rows = min_index(KEY_BLOCK, any.high - block);
-    const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, k_rows),
-                 v = block_rows<E>(h.v, h.pages, h.pages.v_page, block, rows, h.dv, v_rows);
-    keys.odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys.k);
-    keys.odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys.v);
+    const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, own.k_rows),
+                 v = block_rows<E>(h.v, h.pages, h.pages.v_page, block, rows, h.dv, own.v_rows);
+    if constexpr (PIPELINED<E>) {
+      keys = own.keys + block / KEY_BLOCK % 2;
+      finish_units<E>(pipeline, keys);
+    }
+    keys->odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys->k);
+    keys->odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys->v);
     for (int i = 0; i < n; i++) {
       Queries<T>& x = subs[i];
       index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(block + rows, x.keys.any.high);
       if (k0 >= k1) continue;
       const Cover cover = cover_of<T>(h.rules, x, block);
       if (cover == Cover::none) continue;
-      b.use_mask = cover == Cover::some;
-      if (b.use_mask && h.rules.mask.row == 0) b.use_mask = trim_hidden(h.rules.mask, k0, k1);
+      bool use_mask = cover == Cover::some;
+      if (use_mask && h.rules.mask.row == 0) use_mask = trim_hidden(h.rules.mask, k0, k1);
       if (k0 >= k1) continue;
-      const bool last = i + 1 == n;
-      b.bias = h.rules.bias;
-      if (b.bias.data)
-        b.bias.data += subs[last ? 0 : i + 1].first * b.bias.row +
-                       (block + (last ? KEY_BLOCK : 0)) * b.bias.col;
-      b.x = &x, b.block = block, b.k0 = k0, b.k1 = k1;
-      b.low = (k0 - block) / DEPTH * DEPTH;
-      b.high = up_to(k1 - block, DEPTH);
+      Scored& b = units[turn % ForwardScratch<E>::units];
+      b.x = &x, b.keys = keys, b.k = k, b.v = v;
+      b.s = own.s[turn % own.twice], b.tile = own.tile, b.sums = own.sums;
+      const Operand& words = own.words[turn % own.twice];
       b.words = {words.data, as_words(nullptr, KEY_BLOCK, x.vectors * W<T>).row, words.piece};
-      b.cut[0] = k0;
-      b.cut[1] = max_index(k0, min_index(k1, x.keys.all.low));
-      b.cut[2] = max_index(b.cut[1], min_index(k1, x.keys.all.high));
-      b.cut[3] = k1;
-      for (Dense<T>& dense : b.dense) dense = {};
-      // Masks are read 64 keys at a time; where V holds what cannot be cut, masks and biases of the
-      // whole block are wanted. Keys left out are -inf, which a factor could turn into NaN.
-      const bool ragged = b.cut[1] > k0 || b.cut[2] < k1;
-      b.has_dense = has_dense(h.rules, b.use_mask) || ragged;
-      b.masked = b.use_mask && !has_dense(h.rules, false) && !ragged && !keys.odd_v;
-      const bool whole = k0 - block == b.low && k1 - block == b.high;
-      const Plan plan{factor,
-                      keys.odd_v    ? KEY_BLOCK
-                      : b.has_dense ? 2 * DEPTH
-                                    : DEPTH,
-                      !bent && (!b.has_dense || b.masked) && !keys.odd_k && !x.odd &&
-                          (whole || SCALED_QUERIES<E>)};
-      block_probabilities<E>(h, b, k, keys, plan);
-      add_values<E>(h, b, v, keys);
+      turn++;
+      b.bias =
+          h.rules.bias;  // of the unit after the next one, or where there is no pipeline the next
+      const int then = i + ForwardScratch<E>::twice;
+      if (b.bias.data)
+        b.bias.data +=
+            subs[then % n].first * b.bias.row + (block + then / n * KEY_BLOCK) * b.bias.col;
+      plan_unit<E>(h, factor, block, k0, k1, use_mask, b);
+      if constexpr (PIPELINED<E>) {
+        advance<E>(pipeline, &b);
+        if (keys->odd_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
+      } else {
+        block_probabilities<E>(h, b, pipeline.fetcher);
+        add_values<E>(h, b, Fetch{pipeline.fetcher});
+      }
     }
   }
+  finish_units<E>(pipeline, nullptr);
   for (int i = 0; i < n; i++) finish<E>(h, subs[i]);
 }

@@ -1,29 +1,20 @@
-// The other steps of the forward pass on tiles over one block of keys: maxima, exponentials,
-// values.
+// Probabilities of the forward pass on tiles, and the values they weigh.
 
 // Pieces of P: enough for what is summed up in float32 and rounded to E.
 template <class E> inline constexpr int P_PIECES = PIECES<E> == 3 ? 3 : 2;
 
-// What P = exp2(S - max) of a query is relative to: a logit that is less than the largest so far by
-// no more than SLACK, so that a block's maximum need not be known before its exponentials. It stays
-// what it was until a block exceeds it by more, then it is that block's maximum. The first one is
-// the maximum of the first 32 keys of which the query sees one, if that will do for the block.
-inline constexpr float SLACK = 8;
-template <class V> FA_INLINE V next_max(V before, V block) {
-  return block > before + SLACK ? block : before;
-}
-
-// Bits of 32 keys by `lanes` queries: 1 where dropout keeps P. Key by key, a number for 16 queries.
+// Bits of a block's keys by `lanes` queries: 1 where dropout keeps P. Key by key, a number for 16
+// queries.
 struct Kept {
-  __mmask16 bits[DEPTH * LANES<float> / W<float>];
+  __mmask16 bits[KEY_BLOCK * LANES<float> / W<float>];
 };
-FA_NOINLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, index_t key,
-                           Kept& kept) {
+// Of DRAWN keys from `key` of the block on, which is a multiple of that.
+FA_INLINE void draw_kept(const Dropout& drop, index_t first, index_t lanes, index_t block,
+                         index_t key, Kept& kept) {
   const __m512i threshold = _mm512_set1_epi32(int(drop.threshold));
-  for_words(drop, first, lanes, key, DEPTH,
+  for_words(drop, first, lanes, block + key, DRAWN,
             [&](index_t k, index_t lane, Random words) __attribute__((always_inline)) {
-              if (k % 8 == 0 && lane == 0) keep_awake();
-              kept.bits[(k * lanes + lane) / W<float>] =
+              kept.bits[((key + k) * lanes + lane) / W<float>] =
                   _mm512_cmpge_epu32_mask((__m512i)words, threshold);
             });
 }
@@ -64,55 +55,48 @@ FA_INLINE Vec<float> show(Vec<float> s, const uint32_t* shown, index_t i) {
   return (Vec<float>)_mm512_mask_mov_ps((__m512)splat(-Bits<float>::infinity), lanes, (__m512)s);
 }
 
-// P = exp2(S - max) of 32 keys, of which the last 16 are left out if they do not exist, cut into
-// words, and its sum. RAW: S is what the product gave; its factor is to be applied, and its maximum
-// joins block_max. DROPS: with dropout. MASKED: only of what is shown.
-template <class E, bool RAW, bool DROPS, bool MASKED>
-FA_NOINLINE void exponentials(Scored& b, index_t key, const float* s, float factor,
-                              const Kept& kept, const uint32_t* shown, const Operand& words) {
-  using T = float;
-  constexpr int P = P_PIECES<E>, half = int(DEPTH / 2);
-  const index_t lanes = b.x->vectors * W<T>;
-  const Vec<T> f = splat(factor);
-  const auto queries = [&]<bool BOTH>(index_t j) FA_TILE {  // W queries from lane j on
-    const Vec<T> top = load(b.max + j);
-    Vec<T> sum = load(b.sum + j), max = load(b.block_max + j);
-    const T* at = s + j;
-    char* to = words.data + 4 * j;
-    const char* bias = b.bias.data ? b.bias.data + j * b.bias.row + key * b.bias.col : nullptr;
-    for (int i = 0; i < half; i++, at += lanes, to += words.row) {
-      Vec<T> x = load(at), y = BOTH ? load(at + half * lanes) : Vec<T>{};
-      if constexpr (RAW && !SCALED_QUERIES<E>) x *= f, y *= f;
-      if constexpr (MASKED) {
-        x = show(x, shown + j, i);
-        if constexpr (BOTH) y = show(y, shown + j, i + half);
-      }
-      if constexpr (RAW) {
-        max = max_or_second<T>(x, max);
-        if constexpr (BOTH) max = max_or_second<T>(y, max);
-      }
-      x = exp2<T>(x - top);
-      if constexpr (BOTH) y = exp2<T>(y - top);
-      sum = (sum + x) + y;
-      if constexpr (DROPS) {
-        x = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[(i * lanes + j) / W<T>], (__m512)x);
-        y = (Vec<T>)_mm512_maskz_mov_ps(kept.bits[((i + half) * lanes + j) / W<T>], (__m512)y);
-      }
-      store_words<P>(to, words.piece, cut_computed<P>(x), cut_computed<P>(y));
-      if (bias) {
-        prefetch_far(bias);
-        if (sizeof(E) == 4) prefetch_far(bias + 64);
-        bias += b.bias.row;
-      }
-    }
-    store(b.sum + j, sum);
-    if constexpr (RAW) store(b.block_max + j, max);
-    if (j == 0 && (DROPS || MASKED || (!RAW && b.has_dense))) keep_awake();
-  };
-  const bool both = b.block + key + half < b.k1;
-  for (index_t j = 0; j < lanes; j += W<T>)
-    both ? queries.template operator()<true>(j) : queries.template operator()<false>(j);
+// P = exp2(S - max) of keys i and i + 16, W queries of each, cut into words; the sum. DROPS: what
+// is not kept counts in the sum alone.
+template <class E, bool DROPS>
+FA_INLINE void cut_probabilities(Vec<float> x, Vec<float> y, Vec<float> max, Vec<float>& sum,
+                                 const __mmask16* kept, index_t apart, char* to, index_t piece) {
+  constexpr int P = P_PIECES<E>;
+  x = exp2<float>(x - max);
+  y = exp2<float>(y - max);
+  sum = (sum + x) + y;
+  if constexpr (DROPS) {
+    x = (Vec<float>)_mm512_maskz_mov_ps(kept[0], (__m512)x);
+    y = (Vec<float>)_mm512_maskz_mov_ps(kept[apart], (__m512)y);
+  }
+  store_words<P>(to, piece, cut_computed<P>(x), cut_computed<P>(y));
 }
+// A line or two of the bias that comes next, of the query that these keys' number says.
+template <class E> FA_INLINE void fetch_bias(const Scored& b, index_t query, index_t key) {
+  if (!b.bias.data) return;
+  const char* bias = b.bias.data + query * b.bias.row + key * b.bias.col;
+  prefetch_far(bias);
+  if (sizeof(E) == 4) prefetch_far(bias + 64);
+}
+FA_INLINE void begin_block(Scored& b, index_t lanes) {
+  __builtin_memcpy(b.max, b.x->max, size_t(lanes) * sizeof(float));
+  for (index_t i = 0; i < lanes; i += W<float>) {
+    store(b.block_max + i, splat(Bits<float>::lowest));
+    store(b.sum + i, Vec<float>{});
+  }
+}
+// b.max is what P is relative to, b.sum its sum.
+FA_INLINE void end_probabilities(Scored& b) {
+  using T = float;
+  Queries<T>& x = *b.x;
+  for (index_t i = 0; i < x.vectors * W<T>; i += W<T>) {
+    const Vec<T> max = load(b.max + i), rescale = exp2<T>(load(x.max + i) - max);
+    store(b.rescale + i, rescale);
+    store(x.max + i, max);
+    store(x.sum + i, fma<T>(load(x.sum + i), rescale, load(b.sum + i)));
+    if (b.plan.raw && !b.masked) store(x.seen + i, splat(T(1)));
+  }
+}
+
 // What was cut into words, put together again.
 FA_INLINE float word_element(const Operand& words, int pieces, index_t key, index_t column) {
   float sum = 0;
@@ -126,102 +110,6 @@ FA_INLINE float word_element(const Operand& words, int pieces, index_t key, inde
     sum += x;
   }
   return sum;
-}
-
-// The maxima of 32 keys, for queries that have seen none so far.
-FA_NOINLINE void first_max(Scored& b, const float* s, float factor, const uint32_t* shown) {
-  using T = float;
-  const index_t lanes = b.x->vectors * W<T>;
-  const Vec<T> lowest = splat(Bits<T>::lowest), f = splat(factor);
-  for (index_t j = 0; j < lanes; j += W<T>) {
-    const Vec<T> max = load(b.max + j);
-    if (!any_lane<float>(max == lowest)) continue;
-    Vec<T> here = lowest;
-    for (index_t i = 0; i < DEPTH; i++) {
-      const Vec<T> logit = load(s + i * lanes + j) * f;
-      here = max_or_second<T>(shown ? show(logit, shown + j, i) : logit, here);
-    }
-    store(b.max + j, max == lowest ? here : max);
-  }
-}
-FA_INLINE void begin_block(Scored& b, index_t lanes) {
-  __builtin_memcpy(b.max, b.x->max, size_t(lanes) * sizeof(float));
-  for (index_t i = 0; i < lanes; i += W<float>) {
-    store(b.block_max + i, splat(Bits<float>::lowest));
-    store(b.sum + i, Vec<float>{});
-  }
-}
-
-// P of 32 keys, what a mask shows of them or null; dropout.
-template <class E>
-FA_INLINE void probabilities(const ForwardHead& h, Scored& b, bool raw, float factor, index_t key,
-                             const float* s, const uint32_t* shown) {
-  const Operand words{b.words.data + key / 2 * b.words.row, b.words.row, b.words.piece};
-  Kept kept;
-  const auto run = [&](auto f)
-                       __attribute__((always_inline)) { f(b, key, s, factor, kept, shown, words); };
-  if (h.rules.dropout.threshold) {
-    draw_kept(h.rules.dropout, b.x->first, b.x->vectors * W<float>, b.block + key, kept);
-    if (shown) return run(exponentials<E, true, true, true>);
-    return raw ? run(exponentials<E, true, true, false>) : run(exponentials<E, false, true, false>);
-  }
-  if (shown) return run(exponentials<E, true, false, true>);
-  raw ? run(exponentials<E, true, false, false>) : run(exponentials<E, false, false, false>);
-}
-
-// P of a block, and the maximum and the factors that go with it. First from the maximum of the
-// blocks before, strip by strip, while scores are in the L1 cache; if a logit exceeds that by too
-// much, again from the block's. Where that happened in the last block, only maxima are computed at
-// first.
-template <class E>
-FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, const Matrix& k,
-                                     const KeyBlock& keys, const Plan& plan) {
-  using T = float;
-  Queries<T>& x = *b.x;
-  const index_t lanes = x.vectors * W<T>;
-  begin_block(b, lanes);
-  const bool later = x.risen, raw = plan.raw && !later;  // later: exponentials of the whole block
-  const float factor = raw ? plan.factor.after : 1;
-  for (index_t key = b.low; key < b.high; key += plan.strip) {
-    T* s = b.s + (later ? key * lanes : 0);
-    score_strip<E>(h, b, k, keys, plan, !raw, key, s);
-    if (raw && b.masked) read_mask(h.rules.mask, b, key);
-    for (index_t i = 0; i < min_index(plan.strip, b.high - key); i += DEPTH) {
-      const uint32_t* shown = raw && b.masked ? b.shown[i / DEPTH] : nullptr;
-      first_max(b, s + i * lanes, factor, shown);
-      if (!later) probabilities<E>(h, b, raw, factor, key + i, s + i * lanes, shown);
-    }
-  }
-  IntVec<T> grown{};
-  for (index_t i = 0; i < lanes; i += W<T>) {
-    const Vec<T> before = load(b.max + i), max = next_max(before, load(b.block_max + i));
-    grown |= max != before;
-    store(b.max + i, max);
-  }
-  x.risen = any_lane<float>(grown);
-  if (x.risen && !later) {
-    for (index_t i = 0; i < lanes; i += W<T>) store(b.sum + i, Vec<T>{});
-    for (index_t key = b.low; key < b.high; key += plan.strip)
-      score_strip<E>(h, b, k, keys, plan, true, key, b.s + key * lanes);
-  }
-  for (index_t key = b.low; (x.risen || later) && key < b.high; key += DEPTH)
-    probabilities<E>(h, b, false, 1, key, b.s + key * lanes, nullptr);
-  IntVec<T> moved{};
-  for (index_t i = 0; i < lanes; i += W<T>) {
-    const Vec<T> before = load(x.max + i), max = load(b.max + i), r = exp2<T>(before - max);
-    moved |= before != max;
-    store(b.rescale + i, r);
-    store(x.max + i, max);
-    store(x.sum + i, fma<T>(load(x.sum + i), r, load(b.sum + i)));
-    if (plan.raw && !b.masked) store(x.seen + i, splat(T(1)));
-  }
-  // Of three pieces, what was summed up is rescaled when the block's sum joins it.
-  if (P_PIECES<E> < 3 && any_lane<float>(moved))
-    for (index_t c = 0; c < h.dv; c++)
-      for (index_t i = 0; i < lanes; i += W<T>) {
-        T* o = x.o + c * lanes + i;
-        store(o, load(o) * load(b.rescale + i));
-      }
 }
 
 // What could not be cut of V, for the queries that may see it.
@@ -243,21 +131,21 @@ template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v
   }
 }
 
-// O = O * rescale + P V. Of float32 the block's own sum is made first and then joins, with fewer
-// roundings; else O is rescaled, and the sums go on in the tiles.
-template <class E>
-FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, const Matrix& v,
-                            const KeyBlock& keys) {
+// O = O * rescale + P V, beside it `work`. Pipelined, the block's own sum is made first and then
+// joins, with fewer roundings; else O has been rescaled, and the sums go on in the tiles.
+template <class E, class Work>
+FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
   using T = float;
   Queries<T>& x = *b.x;
   constexpr int P = P_PIECES<E>;
+  const Operand& v = b.keys->v;
   const index_t lanes = x.vectors * W<T>, steps = (b.high - b.low) / DEPTH;
   in_tile_pairs(h.dv, lanes, [&]<int MI, int NJ>(index_t i, index_t j) FA_TILE {
-    const Operand rows{keys.v.data + i * keys.v.row + 2 * b.low, keys.v.row, keys.v.piece},
+    const Operand rows{v.data + i * v.row + 2 * b.low, v.row, v.piece},
         words{b.words.data + b.low / 2 * b.words.row + 4 * j, b.words.row, b.words.piece};
     T* o = x.o + i * lanes + j;
-    if constexpr (P == 3) {
-      tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE, Fetch{b.fetcher});
+    if constexpr (PIPELINED<E>) {
+      tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE, work);
       for (index_t c = 0; c < MI * TILE; c++) {
         FA_UNROLL
         for (int n = 0; n < NJ; n++) {
@@ -267,9 +155,8 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, const Matrix& v,
         }
       }
     } else {
-      tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes,
-                                                      Fetch{b.fetcher});
+      tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes, work);
     }
   });
-  if (keys.odd_v) mend_values<E>(b, v, h.dv);
+  if (b.keys->odd_v) mend_values<E>(b, b.v, h.dv);
 }

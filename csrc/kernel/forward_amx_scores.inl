@@ -1,4 +1,4 @@
-// Scores of the forward pass on tiles, 32 keys or a few times as many at a time, and the rules.
+// Scores of the forward pass on tiles and the rules.
 
 // A block of keys, cut, and whether something in it could not be.
 struct KeyBlock {
@@ -17,6 +17,13 @@ FA_NOINLINE float dot_rows(const Matrix& a, index_t i, const Matrix& b, index_t 
   for (index_t c = 0; c < d; c++) sum += number_at<E>(a, i, c) * number_at<E>(b, j, c);
   return sum;
 }
+
+// Of numbers cut into several pieces, rules and exponentials run beside products.
+template <class E> inline constexpr bool PIPELINED = PIECES<E> > 1;
+static_assert(PIPELINED<float> == BESIDE_PRODUCTS<float> &&
+              PIPELINED<BFloat> == BESIDE_PRODUCTS<BFloat>);
+// Vectors of queries in a sub-block: then, as many as leave P in the L1 cache.
+template <class E> inline constexpr int WIDEST = PIPELINED<E> ? 2 : MAX_NJ;
 
 // The factor of the logits is in the operand of Q where its pieces hold any number, else it is
 // applied to the products.
@@ -70,7 +77,7 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
       store(at + j * W<T>, x);
     }
   }
-  keep_awake();
+  if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     store(max_io + j * W<T>, max[j]);
@@ -78,19 +85,29 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
   }
 }
 
+// How scores become probabilities. chunk: keys that rules are applied to at a time. raw: nothing is
+// done to the products, but a mask may hide some.
+struct Plan {
+  LogitFactor factor;
+  index_t chunk;
+  bool raw;
+};
+
 // One sub-block of queries against keys [k0, k1) of one block. Tiles of keys [low, high), numbered
 // from the beginning of the block.
 struct Scored {
   Queries<float>* x;
+  const KeyBlock* keys;
+  Matrix k, v;  // the block's rows, as they are
   index_t block, k0, k1, low, high;
   index_t cut[4];  // ranges: ragged, seen by every query, ragged
   Dense<float> dense[3];
   bool use_mask, has_dense, masked;  // masked: by a mask and nothing else
-  float *s, *tile;                   // (128, lanes) each
-  float* sums;                       // 32 x 32
-  Operand words;                     // P
-  Fetcher fetcher;                   // of what the next task reads
-  Matrix bias;  // of the sub-block and block that come next, to be fetched; or null
+  Plan plan;
+  float *s, *tile;  // (128, lanes) each
+  float* sums;      // 32 x 32
+  Operand words;    // P
+  Matrix bias;      // of the sub-block and block that come next, to be fetched; or null
   // Of 64 keys: a bit for each of 32, 1 where a mask shows it to the query.
   alignas(64) uint32_t shown[2][LANES<float>];
   // Of the block: what P is relative to, the largest logit, the factor of what was summed up
@@ -127,39 +144,43 @@ FA_INLINE void apply_range(const Rules& rules, Scored& b, int r, index_t from, i
   if (later) make_and_add_dense<E>(rules, x, b.use_mask, ragged, from, to, s, b.block_max);
 }
 
-// How a block is computed: `strip` keys at a time; RAW: with nothing between product and
-// exponentials.
-struct Plan {
-  LogitFactor factor;
-  index_t strip;
-  bool raw;
-};
-// Scores of the strip from tile `key` on, and its rules unless they are left to exponentials.
+// Rules of keys [from, to) of the block; s from `from` on.
 template <class E>
-FA_NOINLINE void score_strip(const ForwardHead& h, Scored& b, const Matrix& k, const KeyBlock& keys,
-                             const Plan& plan, bool rules, index_t key, float* s) {
+FA_NOINLINE void apply_rules(const ForwardHead& h, Scored& b, index_t from, index_t to, float* s) {
   Queries<float>& x = *b.x;
-  const index_t lanes = x.vectors * W<float>, end = min_index(key + plan.strip, b.high);
-  const Operand q = as_words(reinterpret_cast<char*>(x.q), h.d, lanes);
-  const index_t low = max_index(key, b.k0 - b.block), high = min_index(end, b.k1 - b.block);
-  multiply_operands<PIECES<E>, PIECES<E>>(
-      high - key, lanes, h.d, {keys.k.data + key * keys.k.row, keys.k.row, keys.k.piece}, q, s,
-      4 * lanes, Fetch{b.fetcher});
-  if (keys.odd_k || x.odd)
-    mend_scores<E>(k, low, high - low, h.q, x.first, x.count, h.d, plan.factor.in_q,
-                   s + (low - key) * lanes, lanes);
-  for (int r = 0; rules && r < 3; r++) {
-    const index_t from = max_index(b.cut[r], b.block + low),
-                  to = min_index(b.cut[r + 1], b.block + high);
-    if (from >= to) continue;
+  const index_t lanes = x.vectors * W<float>;
+  for (int r = 0; r < 3; r++) {
+    const index_t low = max_index(b.cut[r], b.block + from),
+                  high = min_index(b.cut[r + 1], b.block + to);
+    if (low >= high) continue;
     const auto apply = [&](auto f) __attribute__((always_inline)) {
-      f(h.rules, b, r, from, to, keys.odd_v, plan.factor.after, s + (from - b.block - key) * lanes);
+      f(h.rules, b, r, low, high, b.keys->odd_v, b.plan.factor.after,
+        s + (low - b.block - from) * lanes);
     };
     if (x.vectors == 1) apply(apply_range<E, 1>);
     if (x.vectors == 2) apply(apply_range<E, 2>);
-    if (x.vectors == 3) apply(apply_range<E, 3>);
-    if (x.vectors == 4) apply(apply_range<E, 4>);
+    if constexpr (WIDEST<E> > 2) {
+      if (x.vectors == 3) apply(apply_range<E, 3>);
+      if (x.vectors == 4) apply(apply_range<E, 4>);
+    }
   }
-  clear_scores(s, low - key, lanes);
-  clear_scores(s + (high - key) * lanes, end - high, lanes);
+}
+
+// Products of keys [from, to) of the block; s from `from` on, -inf where there is no key. Beside
+// them `work`.
+template <class E, class Work>
+FA_NOINLINE void multiply_scores(const ForwardHead& h, Scored& b, index_t from, index_t to,
+                                 float* s, Work work) {
+  const Queries<float>& x = *b.x;
+  const Operand& k = b.keys->k;
+  const index_t lanes = x.vectors * W<float>;
+  const Operand q = as_words(reinterpret_cast<char*>(x.q), h.d, lanes);
+  const index_t low = max_index(from, b.k0 - b.block), high = min_index(to, b.k1 - b.block);
+  multiply_operands<PIECES<E>, PIECES<E>>(
+      high - from, lanes, h.d, {k.data + from * k.row, k.row, k.piece}, q, s, 4 * lanes, work);
+  if (b.keys->odd_k || x.odd)
+    mend_scores<E>(b.k, low, high - low, h.q, x.first, x.count, h.d, b.plan.factor.in_q,
+                   s + (low - from) * lanes, lanes);
+  clear_scores(s, low - from, lanes);
+  clear_scores(s + (high - from) * lanes, to - high, lanes);
 }

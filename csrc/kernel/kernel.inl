@@ -42,6 +42,8 @@ namespace {
 #include "kernel/amx_fetch.inl"
 #include "kernel/forward_amx_scores.inl"
 #include "kernel/forward_amx_block.inl"
+#include "kernel/forward_amx_strips.inl"
+#include "kernel/forward_amx_pipeline.inl"
 #include "kernel/forward_amx.inl"
 #include "kernel/few_amx_tiles.inl"
 #include "kernel/few_amx.inl"
