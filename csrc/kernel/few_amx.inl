@@ -44,7 +44,7 @@ template <class E> struct FewScratch {
   float* s;                     // (KEY_BLOCK, TILE)
   Operand q_cut, p_cut;         // words (d, TILE), rows (TILE, KEY_BLOCK)
   Operand k_cut, v_cut;         // rows (32, d), words (32, dv)
-  char* pieces;                 // twice 16 keys of K or 32 of V, in tiles
+  char* pieces;                 // two blocks of K or V, in tiles
 
   FA_INLINE_MEMBER FewScratch(const ForwardHead& h, char*& free)
       : d(up_to(h.d, DEPTH)), dv(up_to(h.dv, TILE)) {
@@ -60,7 +60,7 @@ template <class E> struct FewScratch {
     p_cut = rows_operand(free, P_PIECES<E>, TILE, KEY_BLOCK);
     k_cut = rows_operand(free, PIECES<E>, DEPTH, d);
     v_cut = words_operand(free, PIECES<E>, DEPTH, dv);
-    pieces = carve<char>(free, PIECES<E> * 2 * DEPTH * max_index(d, 2 * dv));
+    pieces = carve<char>(free, 24 * TILE_BYTES);
   }
 };
 template <class E> static size_t few_scratch_amx(const ForwardHead& h) {

@@ -1,8 +1,8 @@
-// The two products of few_amx.inl. Rows of K and V are cut in the order of their addresses and
-// fetched a few lines ahead, which is what memory is fast at: groups of 32 rows by 128 bytes took a
-// quarter longer, and so did no fetching or fetching a whole group ahead. While the tiles multiply
-// some keys the vector units cut the next. Nobody looks whether numbers can be cut: those that
-// cannot make all sums they reach NaN or infinite, which tells afterwards.
+// The two products of few_amx.inl. Rows of K and V are fetched in the order of their addresses,
+// which is what memory is fast at, and cut a few hundred bytes at a time, 16 rows or pairs of rows
+// one after the other: as much as leaves the pieces in the L1 cache until they are multiplied.
+// While the tiles multiply some, the vector units cut the next. Nobody looks whether numbers can be
+// cut: those that cannot make all sums they reach NaN or infinite, which tells afterwards.
 
 // Tiles: 0 sums S^T [16 keys x columns]; 2 words of Q^T; 3, 4 K as rows or V as words; 5 rows of P;
 // 6, 7 sums O [rows x 32]. A multiplication takes 16 cycles for 16 rows on its left, 10 for 8.
@@ -50,8 +50,8 @@ struct FewRows {
   }
 };
 
-// Lines of K or V that are fetched into L2 ahead of where rows are cut: row after row, or rows r
-// and r + 16 of each 32 together.
+// Lines of K or V that are fetched into L2 ahead of the 16 rows that are cut: row after row, or
+// rows r and r + 16 of each 32 together.
 struct FewFetch {
   const char *at, *row_end;
   index_t row, bytes, lead;    // bytes from row to row, of a row, fetched but not yet cut
@@ -68,7 +68,7 @@ struct FewFetch {
     passed(0);
   }
   FA_INLINE_MEMBER void passed(index_t n) {  // bytes of a row are cut
-    for (lead -= n; lead < LEAD; lead += 64) {
+    for (lead -= n; lead < TILE * bytes + LEAD; lead += 64) {
       prefetch_far(at);
       if (other) prefetch_far(at + other);
       at += 64;
@@ -100,34 +100,38 @@ template <class E> FA_INLINE void cut_words(char* to, const char* low, const cha
   }
 }
 
-// Cuts native rows, 32 numbers to a unit, into tiles: tile (column, piece) at column * P + piece.
-// Keys as rows, 32 columns to a tile. Values as words of keys r and r + 16 of 32, 16 columns to a
-// tile.
+// Cuts native rows, 32 numbers to a unit, a block of 16 rows by a few tiles at a time: K as rows,
+// 32 columns to a tile; V as words of keys r and r + 16 of 32, 16 columns to a tile. Tile (column,
+// piece) at column * P + piece.
 template <class E, bool VALUES> struct FewCutter {
-  static constexpr index_t bytes = (VALUES ? 16 : 32) * sizeof(E), column = PIECES<E> * TILE_BYTES;
-  const Matrix rest;
+  static constexpr index_t most = 12 / PIECES<E>,  // tiles of a piece in a block
+      bytes = (VALUES ? 16 : 32) * sizeof(E), column = PIECES<E> * TILE_BYTES,
+                           group = VALUES ? 2 * TILE : TILE;  // keys
+  const FewRows& m;
+  const index_t columns;
   const char* from;
-  index_t row, high, columns, left, rows = TILE, split;  // rows before those of `rest`
   char* to;
+  index_t high, skip, jump;  // to the other number of a word; from row to row, of both sides
+  index_t width, left;       // tiles of the block; units of the row
   FewFetch fetch;
 
-  FA_INLINE_MEMBER FewCutter(const FewRows& m, index_t tiles, const FewFetch& ahead)
-      : rest(m.rest),
-        columns(tiles),
-        left(tiles),
-        split(VALUES ? m.split / 2 : m.split),
-        to(nullptr),
-        fetch(ahead) {
-    begin(m.at(0));
-  }
-  FA_INLINE_MEMBER void begin(const Matrix& m) {
-    from = m.data;
-    row = m.row;
-    high = VALUES ? TILE * m.row : index_t(16 * sizeof(E));
-  }
-  FA_INLINE_MEMBER void cut(char* tiles, index_t units) {
+  FA_INLINE_MEMBER FewCutter(const FewRows& rows, index_t tiles, const FewFetch& f)
+      : m(rows), columns(tiles), fetch(f) {}
+  // The block of keys from `key` on and tiles from `c` on is next. How many units it has.
+  FA_INLINE_MEMBER index_t begin(index_t key, index_t c, char* tiles) {
+    const Matrix x = m.at(key);
+    left = width = min_index(most, columns - c);
+    from = x.data + c * bytes;
     to = tiles;
-    for (index_t i = 0; i < units; i++) unit();
+    high = VALUES ? TILE * x.row : index_t(16 * sizeof(E));
+    skip = x.row - width * bytes;
+    jump = 64 - width * column;
+    return TILE * width;
+  }
+  // The one after the block of `key` and `c`, of `keys` in all; 0 if there is none.
+  FA_INLINE_MEMBER index_t begin_next(index_t key, index_t c, index_t keys, char* tiles) {
+    if (c + most < columns) return begin(key, c + most, tiles);
+    return key + group < keys ? begin(key + group, 0, tiles) : 0;
   }
   FA_INLINE_MEMBER void unit() {
     fetch.passed(bytes);
@@ -135,49 +139,50 @@ template <class E, bool VALUES> struct FewCutter {
     from += bytes;
     to += column;
     if (--left) return;
-    left = columns;
-    from += row - columns * bytes;
-    to += 64 - columns * column;
-    if (VALUES && --rows == 0) from += high, rows = TILE;
-    if (--split == 0) begin(rest);
+    left = width;
+    from += skip;
+    to += jump;
   }
 };
 
 // s[key][column] = K Q^T for `rows` keys (a multiple of 16), `steps` times 32 elements. `pieces`
-// has room for 32 keys.
+// has room for 24 tiles.
 template <class E>
 FA_NOINLINE void few_scores_amx(const FewRows& k, index_t rows, index_t steps, const Operand& q,
                                 index_t columns, float* s, char* pieces, FewFetch& fetch) {
   constexpr int P = PIECES<E>;
   constexpr PieceOrder order = piece_order<P, P>();
   FewCutter<E, false> cutter(k, steps, fetch);
-  const index_t all = TILE * steps;
-  char *now = pieces, *next = pieces + P * steps * TILE_BYTES;
-  cutter.cut(now, all);
+  char *now = pieces, *next = pieces + cutter.most * cutter.column;
+  for (index_t n = cutter.begin(0, 0, now); n > 0; n--) cutter.unit();
   for (index_t i = 0; i < rows; i += TILE) {
-    index_t left = i + TILE < rows ? all : 0;
-    const char *x = now, *words = q.data;
-    cutter.to = next;
+    const char* words = q.data;
     asm volatile("tilezero %tmm0");
-    for (index_t c = 0; c < steps; c++, x += P * TILE_BYTES, words += TILE * q.row)
-      unrolled<order.n>([&]<int T>() FA_TILE {
-        constexpr int px = order.x[T], py = order.y[T];
-        if constexpr (order.new_y(T)) load_tile<2>(words + py * q.piece, q.row);
-        if constexpr (order.new_x(T)) load_tile<3>(x + px * TILE_BYTES, 64);
-        multiply_tile_pair<0, 3, 2>();
-        constexpr int units = TILE / order.n + 1;
-        for (int j = 0; j < units && left > 0; j++, left--) cutter.unit();
-      });
+    for (index_t c = 0; c < steps; c += cutter.most) {
+      const index_t end = min_index(c + cutter.most, steps);
+      index_t left = cutter.begin_next(i, c, rows, next);
+      const char* x = now;
+      for (index_t j = c; j < end; j++, x += P * TILE_BYTES, words += TILE * q.row)
+        unrolled<order.n>([&]<int T>() FA_TILE {
+          constexpr int px = order.x[T], py = order.y[T];
+          if constexpr (order.new_y(T)) load_tile<2>(words + py * q.piece, q.row);
+          if constexpr (order.new_x(T)) load_tile<3>(x + px * TILE_BYTES, 64);
+          multiply_tile_pair<0, 3, 2>();
+          constexpr int units = TILE / order.n + 1;
+          for (int u = 0; u < units && left > 0; u++, left--) cutter.unit();
+        });
+      for (; left > 0; left--) cutter.unit();
+      char* t = now;
+      now = next;
+      next = t;
+    }
     store_tile<0>(s + i * columns, 4 * columns);
-    char* t = now;
-    now = next;
-    next = t;
   }
   fetch = cutter.fetch;
 }
 
 // sums[row][column] = P V, or where ADD += P V, for `rows` keys (a multiple of 32), `columns` times
-// 16 columns. Before each 32 keys, meanwhile(first key).
+// 16 columns. Before each 32 keys, meanwhile(first key). `pieces` has room for 24 tiles.
 template <class E, bool ADD, class F>
 FA_INLINE void few_values_amx(const FewRows& v, index_t rows, index_t columns, const Operand& p,
                               float* sums, char* pieces, FewFetch& fetch, F&& meanwhile) {
@@ -185,42 +190,44 @@ FA_INLINE void few_values_amx(const FewRows& v, index_t rows, index_t columns, c
   constexpr PieceOrder order = piece_order<P, P_PIECES<E>>();
   const index_t ld = columns * TILE;
   FewCutter<E, true> cutter(v, columns, fetch);
-  const index_t all = DEPTH / 2 * columns;
-  char *now = pieces, *next = pieces + P * columns * TILE_BYTES;
-  cutter.cut(now, all);
+  char *now = pieces, *next = pieces + cutter.most * cutter.column;
+  for (index_t n = cutter.begin(0, 0, now); n > 0; n--) cutter.unit();
   for (index_t i = 0; i < rows; i += DEPTH) {
     meanwhile(i);
-    index_t left = i + DEPTH < rows ? all : 0;
-    cutter.to = next;
-    for (index_t c = 0; c < columns; c += 2) {
-      const bool two = c + 1 < columns;
-      float* sum = sums + c * TILE;
-      if (ADD || i) {
-        load_tile<6>(reinterpret_cast<char*>(sum), 4 * ld);
-        if (two) load_tile<7>(reinterpret_cast<char*>(sum + TILE), 4 * ld);
-      } else {
-        asm volatile("tilezero %tmm6");
-        asm volatile("tilezero %tmm7");
-      }
-      const char* x = now + c * P * TILE_BYTES;
-      unrolled<order.n>([&]<int T>() FA_TILE {
-        constexpr int px = order.x[T], py = order.y[T];
-        if constexpr (order.new_y(T)) load_tile<5>(p.data + 2 * i + py * p.piece, p.row);
-        if constexpr (order.new_x(T)) {
-          load_tile<3>(x + px * TILE_BYTES, 64);
-          if (two) load_tile<4>(x + (P + px) * TILE_BYTES, 64);
+    for (index_t begin = 0; begin < columns; begin += cutter.most) {
+      const index_t end = min_index(begin + cutter.most, columns);
+      index_t left = cutter.begin_next(i, begin, rows, next);
+      const char* x = now;
+      for (index_t c = begin; c < end; c += 2, x += 2 * P * TILE_BYTES) {
+        const bool two = c + 1 < end;
+        float* sum = sums + c * TILE;
+        if (ADD || i) {
+          load_tile<6>(reinterpret_cast<char*>(sum), 4 * ld);
+          if (two) load_tile<7>(reinterpret_cast<char*>(sum + TILE), 4 * ld);
+        } else {
+          asm volatile("tilezero %tmm6");
+          asm volatile("tilezero %tmm7");
         }
-        multiply_tile_pair<6, 5, 3>();
-        if (two) multiply_tile_pair<7, 5, 4>();
-        constexpr int units = DEPTH / order.n + 1;
-        for (int j = 0; j < units && left > 0; j++, left--) cutter.unit();
-      });
-      store_tile<6>(sum, 4 * ld);
-      if (two) store_tile<7>(sum + TILE, 4 * ld);
+        unrolled<order.n>([&]<int T>() FA_TILE {
+          constexpr int px = order.x[T], py = order.y[T];
+          if constexpr (order.new_y(T)) load_tile<5>(p.data + 2 * i + py * p.piece, p.row);
+          if constexpr (order.new_x(T)) {
+            load_tile<3>(x + px * TILE_BYTES, 64);
+            if (two) load_tile<4>(x + (P + px) * TILE_BYTES, 64);
+          }
+          multiply_tile_pair<6, 5, 3>();
+          if (two) multiply_tile_pair<7, 5, 4>();
+          constexpr int units = 2 * TILE / order.n + 1;
+          for (int u = 0; u < units && left > 0; u++, left--) cutter.unit();
+        });
+        store_tile<6>(sum, 4 * ld);
+        if (two) store_tile<7>(sum + TILE, 4 * ld);
+      }
+      for (; left > 0; left--) cutter.unit();
+      char* t = now;
+      now = next;
+      next = t;
     }
-    char* t = now;
-    now = next;
-    next = t;
   }
   fetch = cutter.fetch;
 }
