@@ -82,19 +82,16 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-// Each takes 16 cycles; after each row of them work(how many) is called, to run beside them.
+// Each takes 16 cycles; work(how many) is called to run beside them.
 struct Nothing {
   FA_INLINE_MEMBER void operator()(int) {}
 };
 template <int MI, int NJ, class Work = Nothing> FA_INLINE void multiply_tiles(Work work = {}) {
   asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
   if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-  work(NJ);
-  if (MI == 2) {
-    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
-    if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
-    work(NJ);
-  }
+  work(MI * NJ);
+  if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+  if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
 }
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");

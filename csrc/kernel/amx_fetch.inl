@@ -1,5 +1,7 @@
-// What forward and backward on tiles will read or write next, fetched into the L2 cache a line at a
-// time, one beside each product of tiles: a short head is done with before the hardware sees it
+// What runs beside the products of tiles.
+//
+// What forward and backward will read or write next is fetched into the L2 cache a line at a
+// time, one beside each product: a short head is done with before the hardware sees it
 // coming. At 128 queries and keys of 64 numbers half of backward's time went by waiting for DRAM.
 // Beside exponentials the same lines would cost forward a tenth of its time.
 
@@ -63,5 +65,37 @@ struct Fetch {
   FA_INLINE_MEMBER void operator()(int products) {
     f.due += products * f.rate;
     if (__builtin_expect(f.due >= Fetcher::whole, 0)) fetch_line(f);
+  }
+};
+
+// Steps of vector code, to be spread evenly over products. `run` takes one.
+struct Paced {
+  index_t left;   // steps
+  int rate, due;  // parts of a step for each product; that are due
+  void (*run)(Paced&);
+};
+FA_INLINE void start_steps(Paced& steps, index_t products) {
+  const index_t rate = steps.left * Fetcher::whole / max_index(products, 1) + 1;
+  steps.rate = steps.left ? int(min_index(rate, Fetcher::whole)) : 0;
+  steps.due = 0;
+}
+FA_INLINE void step_taken(Paced& steps) {
+  steps.due -= Fetcher::whole;
+  if (--steps.left == 0) steps.rate = steps.due = 0;
+}
+// Those that are left, beside nothing. `long_ones`: the unit for tiles could fall asleep.
+FA_NOINLINE void finish_steps(Paced& steps, bool long_ones) {
+  for (int i = 1; steps.left > 0; i++) {
+    steps.run(steps);
+    if (long_ones && i % 4 == 0) keep_awake();
+  }
+}
+struct Beside {
+  Fetcher& fetcher;
+  Paced& steps;
+  FA_INLINE_MEMBER void operator()(int products) {
+    Fetch{fetcher}(products);
+    steps.due += products * steps.rate;
+    if (steps.due >= Fetcher::whole) steps.run(steps);
   }
 };

@@ -186,12 +186,15 @@ template <class E> FA_INLINE char* lay_out(const BackwardHead& h, char* scratch,
   b.dout = operand(P, queries, 2 * b.d_v);
   b.q_t = operand(P, b.d, 2 * queries);
   b.dout_t = operand(P, b.d_v, 2 * queries);
-  b.p = operand(C, queries / 2, 4 * CELL);
-  b.ds = operand(C, queries / 2, 4 * CELL);
+  for (int i = 0; i < 2; i++) {
+    b.p[i] = operand(C, queries / 2, 4 * CELL);
+    b.ds[i] = operand(C, queries / 2, 4 * CELL);
+  }
   b.ds_rows = operand(C, queries, 2 * keys);
-  b.s = carve<float>(scratch, cell);
-  scratch += 1088;  // or dP's stores would look like what S's loads wait for
-  b.dp = carve<float>(scratch, cell);
+  for (int i = 0; i < 4; i++) {
+    (i % 2 ? b.dp : b.s)[i / 2] = carve<float>(scratch, cell);
+    scratch += 1088;  // or one's stores would look like what the other's loads wait for
+  }
   b.bent = carve<float>(scratch, cell);
   b.keep = carve<float>(scratch, cell);
   b.sum = carve<float>(scratch, CELL * up_to(max_index(b.d, b.d_v), DEPTH));

@@ -27,9 +27,9 @@ struct BackwardAmx {
   Operand k_pairs;                           // words (BACK_KEYS_AMX / 2, d)
   Operand q, dout;                           // rows (BACK_QUERIES_AMX, d)
   Operand q_t, dout_t;                       // rows (d, BACK_QUERIES_AMX)
-  Operand p, ds;                             // words (BACK_QUERIES_AMX / 2, CELL), of one column
+  Operand p[2], ds[2];                       // words (BACK_QUERIES_AMX / 2, CELL), of two columns
   Operand ds_rows;                           // rows (BACK_QUERIES_AMX, BACK_KEYS_AMX)
-  float *s, *dp;                             // (CELL, CELL): S and dP
+  float *s[2], *dp[2];                       // (CELL, CELL): S and dP, of two cells
   float *bent, *keep;        // (CELL, CELL): dS times the slope of the softcap, dropout's 0 or 1
   float* sum;                // of one product, before it joins others
   float *dk, *dv;            // (CELL_COLUMNS, d rounded up to TILE, CELL)
@@ -217,66 +217,94 @@ FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<flo
   return y;
 }
 
-// The operands of a cell. odd: P and dS are wanted in s and bent as well.
+// What becomes of a cell, in steps: four queries' dropout; P and dS of two queries as operands.
+struct CellSteps : Paced {
+  const BackwardAmx* b;
+  const Rules* rules;
+  int r, c;
+  Kind kind;
+  bool odd;           // P and dS are wanted in s and bent as well
+  index_t at, draws;  // the next step, and where those of dropout end
+  float *s, *dp;
+  Operand p, ds;
+};
+
+// Of queries i and i + 16 of the cell.
 template <class E, Kind KIND, bool NEED_DS>
-FA_NOINLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c, bool odd) {
+FA_INLINE void cut_pairs(const CellSteps& t, const CellRules& x, index_t i) {
   using T = float;
   constexpr int P = COMPUTED<E>;
-  const CellRules x = cell_rules<E, KIND>(b, rules);
+  const BackwardAmx& b = *t.b;
+  const int r = t.r, c = t.c;
   const uint32_t* allowed = b.allowed[r][c];
-  for (index_t i = 0; i < CELL / 2; i++) {
-    if (KIND > Kind::some && i % 4 == 0) keep_awake();
-    Cut<P> p[2][2] = {}, ds[2][2] = {};  // of queries i and i + 16, two vectors of keys
-    Vec<T> bent[4] = {};
-    if (x.bends) {
-      FA_UNROLL
-      for (int v = 0; v < 4; v++)
-        bent[v] = tanh<T>(load(b.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor);
-    }
+  Cut<P> p[2][2] = {}, ds[2][2] = {};  // two vectors of keys each
+  Vec<T> bent[4] = {};
+  if (x.bends) {
     FA_UNROLL
-    for (int h = 0; h < 2; h++) {
-      const index_t in_cell = i + h * CELL / 2, q = r * CELL + in_cell;
-      const uint32_t pairs = KIND == Kind::all ? ~0u : allowed[in_cell];
-      const Vec<T> l = pairs ? statistic(b.lse2[q]) : Vec<T>{};
-      const Vec<T> dl = NEED_DS && pairs ? statistic(b.delta[q]) : Vec<T>{};
-      FA_UNROLL
-      for (int y = 0; y < 2; y++) {
-        const uint32_t own = pairs >> y * W<T> & 0xffff;
-        const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
-        PairGradients g{};
-        if (KIND == Kind::all || own)
-          g = pair_gradients<E, KIND>(x, load(b.s + at), bent[2 * h + y],
-                                      NEED_DS ? load(b.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
-                                      b.k0 + key, b.nk - key, b.keep + at);
-        if (KIND == Kind::ruled && odd) store(b.s + at, g.p), store(b.bent + at, g.bent);
-        p[h][y] = cut_computed<P>(g.p);
-        if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
-        if (NEED_DS && b.ds_all) store(b.ds_all + q * BACK_KEYS_AMX + key, g.ds);
-      }
-      if (NEED_DS)
-        store_words<P>(b.ds_rows.data + q * b.ds_rows.row + c * 2 * CELL, b.ds_rows.piece, ds[h][0],
-                       ds[h][1]);
-    }
+    for (int v = 0; v < 4; v++)
+      bent[v] = tanh<T>(load(t.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor);
+  }
+  FA_UNROLL
+  for (int h = 0; h < 2; h++) {
+    const index_t in_cell = i + h * CELL / 2, q = r * CELL + in_cell;
+    const uint32_t pairs = KIND == Kind::all ? ~0u : allowed[in_cell];
+    const Vec<T> l = pairs ? statistic(b.lse2[q]) : Vec<T>{};
+    const Vec<T> dl = NEED_DS && pairs ? statistic(b.delta[q]) : Vec<T>{};
     FA_UNROLL
     for (int y = 0; y < 2; y++) {
-      const index_t at = (r * CELL / 2 + i) * b.p.row + y * 64;
-      store_words<P>(b.p.data + at, b.p.piece, p[0][y], p[1][y]);
-      if (NEED_DS) store_words<P>(b.ds.data + at, b.ds.piece, ds[0][y], ds[1][y]);
+      const uint32_t own = pairs >> y * W<T> & 0xffff;
+      const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
+      PairGradients g{};
+      if (KIND == Kind::all || own)
+        g = pair_gradients<E, KIND>(x, load(t.s + at), bent[2 * h + y],
+                                    NEED_DS ? load(t.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
+                                    b.k0 + key, b.nk - key, b.keep + at);
+      if (KIND == Kind::ruled && t.odd) store(t.s + at, g.p), store(b.bent + at, g.bent);
+      p[h][y] = cut_computed<P>(g.p);
+      if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
+      if (NEED_DS && b.ds_all) store(b.ds_all + q * BACK_KEYS_AMX + key, g.ds);
     }
+    if (NEED_DS)
+      store_words<P>(b.ds_rows.data + q * b.ds_rows.row + c * 2 * CELL, b.ds_rows.piece, ds[h][0],
+                     ds[h][1]);
+  }
+  FA_UNROLL
+  for (int y = 0; y < 2; y++) {
+    const index_t at = (r * CELL / 2 + i) * t.p.row + y * 64;
+    store_words<P>(t.p.data + at, t.p.piece, p[0][y], p[1][y]);
+    if (NEED_DS) store_words<P>(t.ds.data + at, t.ds.piece, ds[0][y], ds[1][y]);
   }
 }
-template <class E>
-FA_INLINE void cut_cell(const BackwardAmx& b, const Rules& rules, int r, int c, Kind kind,
-                        bool odd) {
-  if (!b.need_ds) {  // rarely
-    if (kind == Kind::all) return cut_cell<E, Kind::all, false>(b, rules, r, c, odd);
-    return cut_cell<E, Kind::ruled, false>(b, rules, r, c, odd);
+// Pairs of queries in a step: all of them where nothing goes on beside.
+template <class E> inline constexpr index_t STEP_PAIRS = PIPELINED<E> ? 1 : CELL / 2;
+template <class E, Kind KIND, bool NEED_DS> FA_NOINLINE void run_cell_step(Paced& steps) {
+  CellSteps& t = static_cast<CellSteps&>(steps);
+  step_taken(t);
+  const BackwardAmx& b = *t.b;
+  const index_t at = t.at++;
+  if (at < t.draws) {
+    const index_t q = t.r * CELL + 4 * at;
+    if (q < b.nq)
+      keep_rows<float>(t.rules->dropout, b.q0 + q, b.k0 + t.c * CELL, CELL, b.keep + 4 * at * CELL,
+                       CELL);
+    return;
   }
-  if (kind == Kind::all) cut_cell<E, Kind::all, true>(b, rules, r, c, odd);
-  if (kind == Kind::some) cut_cell<E, Kind::some, true>(b, rules, r, c, odd);
-  if (kind == Kind::bent) cut_cell<E, Kind::bent, true>(b, rules, r, c, odd);
-  if (kind == Kind::added) cut_cell<E, Kind::added, true>(b, rules, r, c, odd);
-  if (kind == Kind::ruled) cut_cell<E, Kind::ruled, true>(b, rules, r, c, odd);
+  const CellRules x = cell_rules<E, KIND>(b, *t.rules);
+  const index_t first = (at - t.draws) * STEP_PAIRS<E>;
+  for (index_t i = first; i < first + STEP_PAIRS<E>; i++) {
+    if (!PIPELINED<E> && KIND > Kind::some && i % 4 == 0) keep_awake();
+    cut_pairs<E, KIND, NEED_DS>(t, x, i);
+  }
+}
+template <class E> FA_INLINE void (*cell_step(Kind kind, bool need_ds))(Paced&) {
+  if (!need_ds)  // rarely
+    return kind == Kind::all ? run_cell_step<E, Kind::all, false>
+                             : run_cell_step<E, Kind::ruled, false>;
+  if (kind == Kind::all) return run_cell_step<E, Kind::all, true>;
+  if (kind == Kind::some) return run_cell_step<E, Kind::some, true>;
+  if (kind == Kind::bent) return run_cell_step<E, Kind::bent, true>;
+  if (kind == Kind::added) return run_cell_step<E, Kind::added, true>;
+  return run_cell_step<E, Kind::ruled, true>;
 }
 
 // Of a cell that sees nothing, for dbias.

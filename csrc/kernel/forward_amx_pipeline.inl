@@ -7,12 +7,10 @@
 
 // What is left to do to a unit's scores, in steps: rules and maxima of some keys; what dropout
 // keeps of DRAWN keys; exponentials of a row of keys and of the row 16 further.
-struct Steps {
+struct Steps : Paced {
   const ForwardHead* h;
   Scored* b;
-  index_t at, rules, draws, all;  // the next step, and where each kind ends
-  int rate, due;                  // parts of a step for each product; that are due
-  void (*run)(Steps&);
+  index_t at, rules, draws;  // the next step, and where the first two kinds end
   Kept kept;
 };
 
@@ -94,12 +92,12 @@ FA_INLINE void exponentials_of_row(Scored& b, index_t r, const Kept& kept) {
   }
 }
 
-template <class E, int NQ> FA_NOINLINE void run_step(Steps& t) {
+template <class E, int NQ> FA_NOINLINE void run_step(Paced& steps) {
+  Steps& t = static_cast<Steps&>(steps);
   Scored& b = *t.b;
   const Rules& rules = t.h->rules;
   const index_t at = t.at++;
-  t.due -= Fetcher::whole;
-  if (t.at == t.all) t.rate = t.due = 0;
+  step_taken(t);
   if (at < t.rules) {
     const index_t from = b.low + at * b.plan.chunk, to = min_index(from + b.plan.chunk, b.high);
     if (!b.plan.raw)
@@ -121,17 +119,6 @@ template <class E, int NQ> FA_NOINLINE void run_step(Steps& t) {
   }
 }
 
-// The work beside products.
-struct Beside {
-  Fetcher& fetcher;
-  Steps& steps;
-  FA_INLINE_MEMBER void operator()(int products) {
-    Fetch{fetcher}(products);
-    steps.due += products * steps.rate;
-    if (steps.due >= Fetcher::whole) steps.run(steps);
-  }
-};
-
 // Units on their way: `scored` awaits its exponentials, `cut` its values. null: none.
 struct Pipeline {
   const ForwardHead& h;
@@ -139,19 +126,18 @@ struct Pipeline {
   Scored *scored, *cut;
 };
 
-template <class E> FA_INLINE Steps steps_of(const Pipeline& p, index_t products) {
-  Steps t;
+template <class E> FA_INLINE void begin_steps(const Pipeline& p, index_t products, Steps& t) {
   t.h = &p.h, t.b = p.scored;
-  t.at = t.rules = t.draws = t.all = 0;
-  t.rate = t.due = 0;
-  if (!t.b) return t;
-  const index_t keys = t.b->high - t.b->low;
-  t.rules = (keys + t.b->plan.chunk - 1) / t.b->plan.chunk;
-  t.draws = t.rules + (p.h.rules.dropout.threshold ? keys / DRAWN : 0);
-  t.all = t.draws + keys / 2;
-  t.rate = int(min_index(t.all * Fetcher::whole / max_index(products, 1) + 1, Fetcher::whole));
-  t.run = t.b->x->vectors == 1 ? run_step<E, 1> : run_step<E, 2>;
-  return t;
+  t.at = t.rules = t.draws = t.left = 0;
+  if (t.b) {
+    begin_block(*t.b, t.b->x->vectors * W<float>);
+    const index_t keys = t.b->high - t.b->low;
+    t.rules = (keys + t.b->plan.chunk - 1) / t.b->plan.chunk;
+    t.draws = t.rules + (p.h.rules.dropout.threshold ? keys / DRAWN : 0);
+    t.left = t.draws + keys / 2;
+    t.run = t.b->x->vectors == 1 ? run_step<E, 1> : run_step<E, 2>;
+  }
+  start_steps(t, products);
 }
 // Of tiles, over d numbers.
 FA_INLINE index_t products_of(const Scored* b, index_t d, index_t each) {
@@ -162,14 +148,14 @@ FA_INLINE index_t products_of(const Scored* b, index_t d, index_t each) {
 template <class E> FA_NOINLINE void advance(Pipeline& p, Scored* unit) {
   const index_t products = products_of(unit, p.h.d, piece_order<PIECES<E>, PIECES<E>>().n) +
                            products_of(p.cut, p.h.dv, piece_order<PIECES<E>, P_PIECES<E>>().n);
-  if (p.scored) begin_block(*p.scored, p.scored->x->vectors * W<float>);
-  Steps steps = steps_of<E>(p, products);
+  Steps steps;
+  begin_steps<E>(p, products, steps);
   const Beside beside{p.fetcher, steps};
   if (unit)
     multiply_scores<E>(p.h, *unit, unit->low, unit->high,
                        unit->s + unit->low * unit->x->vectors * W<float>, beside);
   if (p.cut) add_values<E>(p.h, *p.cut, beside);
-  while (steps.at < steps.all) steps.run(steps);
+  finish_steps(steps, true);
   if (p.scored) end_probabilities(*p.scored);
   p.cut = p.scored;
   p.scored = unit;
