@@ -101,15 +101,19 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
   b.plan = {
       factor, 0,
       h.rules.softcap <= 0 && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>)};
-  // Masks are read 64 keys at a time, rows of a bias are best read in one go; where V holds what
-  // cannot be cut, masks and biases of the whole block are wanted.
-  const bool mask_bytes = use_mask && !b.masked;
+  // Masks are read 64 keys at a time, rows of a bias are best read in one go, and a softcap of more
+  // than 8 keys does not fit beside products; where V holds what cannot be cut, masks and biases of
+  // the whole block are wanted.
   if (odd_v)
     b.plan.chunk = KEY_BLOCK;
-  else if constexpr (PIPELINED<E>)
-    b.plan.chunk = h.rules.bias.data ? KEY_BLOCK : mask_bytes ? 2 * DEPTH : DEPTH / 2;
-  else
+  else if constexpr (!PIPELINED<E>)
     b.plan.chunk = b.has_dense ? 2 * DEPTH : DEPTH;
+  else if (h.rules.bias.data)
+    b.plan.chunk = KEY_BLOCK;
+  else if (use_mask && !b.masked)
+    b.plan.chunk = 2 * DEPTH;
+  else
+    b.plan.chunk = h.rules.softcap > 0 && !b.has_dense ? 8 : TILE;
 }
 
 template <class E>
