@@ -162,9 +162,9 @@ FA_INLINE Finished<T> finished(Vec<T> max, Vec<T> sum, Vec<T> rounded, Vec<T> se
                           : lse};
 }
 
-template <class E, class T = Compute<E>>
-FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
-  alignas(64) T factor[LANES<T>], lse[LANES<T>];
+// The factors of x's outputs, and its log-sum-exps.
+template <class T> FA_NOINLINE void finish_sums(const ForwardHead& h, Queries<T>& x, T* factor) {
+  alignas(64) T lse[LANES<T>];
   for (int j = 0; j < x.vectors; j++) {
     const index_t at = j * W<T>;
     const Finished<T> f =
@@ -173,8 +173,13 @@ FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
     store(factor + at, f.factor);
     store(lse + at, f.lse);
   }
-  unpack_transposed<E>(x.o, x.vectors * W<T>, factor, h.out, x.first, x.count, h.dv);
   __builtin_memcpy(static_cast<T*>(h.lse) + x.first, lse, size_t(x.count) * sizeof(T));
+}
+template <class E, class T = Compute<E>>
+FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
+  alignas(64) T factor[LANES<T>];
+  finish_sums(h, x, factor);
+  unpack_transposed<E>(x.o, x.vectors * W<T>, factor, h.out, x.first, x.count, h.dv);
 }
 
 inline constexpr index_t RAGGED = 4;  // at most this part, 1/4, of a sub-block's keys

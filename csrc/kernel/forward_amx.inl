@@ -140,11 +140,14 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     x.q = reinterpret_cast<T*>(operand.data);
     x.odd = cut_matrix<E, true, false>(h.q, q, x.count, h.d, operand, factor.in_q);
     x.risen = h.rules.alibi_slope != 0;
+    x.finished = false;
+    x.single =
+        PIPELINED<E> && x.keys.any.high <= x.keys.any.low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
     x.o = carve<T>(free, sums);
     x.max = carve<T>(free, lanes);
     x.total = x.sum = carve<T>(free, lanes);
     x.seen = carve<T>(free, lanes);
-    __builtin_memset(x.o, 0, size_t(sums) * sizeof(T));
+    if (!x.single) clear_sums(h, x);
     for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = x.seen[i] = 0;
     tiles += x.vectors * up_to(max_index(x.keys.any.high - x.keys.any.low, 0), TILE) / TILE;
     any.low = min_index(any.low, x.keys.any.low);
@@ -199,5 +202,10 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
     }
   }
   finish_units<E>(pipeline, nullptr);
-  for (int i = 0; i < n; i++) finish<E>(h, subs[i]);
+  for (int i = 0; i < n; i++) {
+    Queries<T>& x = subs[i];
+    if (x.finished) continue;
+    if (x.single) clear_sums(h, x);  // that saw no key
+    finish<E>(h, x);
+  }
 }

@@ -131,8 +131,12 @@ template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v
   }
 }
 
+FA_INLINE void clear_sums(const ForwardHead& h, Queries<float>& x) {
+  __builtin_memset(x.o, 0, size_t(up_to(h.dv, TILE) * x.vectors * W<float>) * sizeof(float));
+}
 // O = O * rescale + P V, beside it `work`. Pipelined, the block's own sum is made first and then
-// joins, with fewer roundings; else O has been rescaled, and the sums go on in the tiles.
+// joins, with fewer roundings, or is the output if there is but one block; else O has been
+// rescaled, and the sums go on in the tiles.
 template <class E, class Work>
 FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
   using T = float;
@@ -140,23 +144,33 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
   constexpr int P = P_PIECES<E>;
   const Operand& v = b.keys->v;
   const index_t lanes = x.vectors * W<T>, steps = (b.high - b.low) / DEPTH;
+  const bool odd = b.keys->odd_v, direct = x.single && !odd;
+  if (x.single && odd) clear_sums(h, x), x.single = false;
+  alignas(64) T factor[LANES<T>];
+  if (direct) finish_sums(h, x, factor);
   in_tile_pairs(h.dv, lanes, [&]<int MI, int NJ>(index_t i, index_t j) FA_TILE {
     const Operand rows{v.data + i * v.row + 2 * b.low, v.row, v.piece},
         words{b.words.data + b.low / 2 * b.words.row + 4 * j, b.words.row, b.words.piece};
     T* o = x.o + i * lanes + j;
-    if constexpr (PIPELINED<E>) {
-      tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE, work);
-      for (index_t c = 0; c < MI * TILE; c++) {
-        FA_UNROLL
-        for (int n = 0; n < NJ; n++) {
-          T* at = o + c * lanes + n * TILE;
-          store(at, fma<T>(load(at), load(b.rescale + j + n * TILE),
-                           load(b.sums + c * 2 * TILE + n * TILE)));
-        }
+    if constexpr (!PIPELINED<E>)
+      return tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes,
+                                                             work);
+    tile_product<PIECES<E>, P, MI, NJ>(rows, words, steps, b.sums, 8 * TILE, work);
+    if (direct) {
+      const Matrix out{h.out.data + i * h.out.col, h.out.row, h.out.col};
+      return unpack_transposed<E>(b.sums, 2 * TILE, factor + j, out, x.first + j,
+                                  min_index(NJ * TILE, x.count - j),
+                                  min_index(MI * TILE, h.dv - i));
+    }
+    for (index_t c = 0; c < MI * TILE; c++) {
+      FA_UNROLL
+      for (int n = 0; n < NJ; n++) {
+        T* at = o + c * lanes + n * TILE;
+        store(at, fma<T>(load(at), load(b.rescale + j + n * TILE),
+                         load(b.sums + c * 2 * TILE + n * TILE)));
       }
-    } else {
-      tile_product<PIECES<E>, P, MI, NJ, false, true>(rows, words, steps, o, 4 * lanes, work);
     }
   });
-  if (b.keys->odd_v) mend_values<E>(b, b.v, h.dv);
+  x.finished = direct;
+  if (odd) mend_values<E>(b, b.v, h.dv);
 }

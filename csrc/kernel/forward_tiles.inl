@@ -14,7 +14,9 @@ template <class T> struct Queries {
   T* o;                 // (dv, lanes)  sum of P V so far
   T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
   T* total;             // (lanes) what o is divided by: sum, for pairs that of the rounded P
-  bool odd, risen;  // on tiles: something in q could not be cut; the maximum rose in the last block
+  // On tiles. odd: something in q could not be cut; risen: the maximum rose in the last block;
+  // single: all keys are in one block, o is not used; finished: outputs are written.
+  bool odd, risen, single, finished;
   Cover cover[COVERS];  // what a mask says of blocks from `covered` on, up to `uncovered`
   index_t covered, uncovered;
 };
