@@ -10,11 +10,10 @@
 //
 // Cost of a cell at d = 64: 40 tile products of 16 cycles with one piece, 240 with three, and 64
 // vectors of P and dS at 12 cycles. Measured on a Granite Rapids: 3200 cycles in all with one
-// piece, a sixth of them for cutting; 10700 with three. There a tile product takes 27 cycles, as 48
+// piece, a sixth of them for cutting; 9600 with three. There a tile product takes 25 cycles, as 48
 // KiB of operands come from the L2 cache for each cell, and a vector of P and dS 28, as theirs go
-// there. Running tile products between the vectors hides little (3 %): beside tiles they take twice
-// as long. What hides behind products is fetching: of a head of 128 queries and keys, that was half
-// the time.
+// there; of those 28 half hides beside the products. Fetching hides there too: of a head of 128
+// queries and keys, that was half the time.
 
 template <class E>
 FA_INLINE void cut_queries(BackwardAmx& b, const BackwardHead& h, const Matrix& q,

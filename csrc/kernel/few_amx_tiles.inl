@@ -36,7 +36,8 @@ template <int C, int A, int B> FA_INLINE void multiply_tile_pair() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-inline constexpr index_t LEAD = 3584, TILE_BYTES = 1024;
+// Bytes: fetched into L2 and, where cutting is the limit, into L1 ahead of what is cut.
+inline constexpr index_t LEAD = 3584, NEAR = 1024, TILE_BYTES = 1024;
 
 // Rows of a block of K or V: those before `split`, a multiple of 32, where they lie, the others
 // copied, with zeros around them.
@@ -135,6 +136,7 @@ template <class E, bool VALUES> struct FewCutter {
   }
   FA_INLINE_MEMBER void unit() {
     fetch.passed(bytes);
+    if constexpr (PIECES<E> == 3) prefetch_near(from + NEAR), prefetch_near(from + NEAR + high);
     cut_words<E>(to, from, from + high);
     from += bytes;
     to += column;

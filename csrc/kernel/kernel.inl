@@ -39,7 +39,7 @@ namespace {
 #if defined(FUSEDATTN_AMX)
 #include "kernel/amx.inl"
 #include "kernel/amx_cut.inl"
-#include "kernel/amx_fetch.inl"
+#include "kernel/amx_beside.inl"
 #include "kernel/forward_amx_scores.inl"
 #include "kernel/forward_amx_block.inl"
 #include "kernel/forward_amx_strips.inl"
