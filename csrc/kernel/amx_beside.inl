@@ -1,9 +1,8 @@
-// What runs beside the products of tiles.
-//
-// What forward and backward will read or write next is fetched into the L2 cache a line at a
-// time, one beside each product: a short head is done with before the hardware sees it
-// coming. At 128 queries and keys of 64 numbers half of backward's time went by waiting for DRAM.
-// Beside exponentials the same lines would cost forward a tenth of its time.
+// What runs beside the products of tiles: steps of vector code, and fetching. What forward and
+// backward will read or write next is fetched into the L2 cache a line at a time: a short head is
+// done with before the hardware sees it coming. At 128 queries and keys of 64 numbers half of
+// backward's time went by waiting for DRAM. Beside exponentials alone the same lines would cost
+// forward a tenth of its time.
 
 struct Fetcher {
   static constexpr int most = 12, whole = 256;

@@ -98,9 +98,9 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
   b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !odd_v;
   // Keys left out are -inf, which a factor could turn into NaN.
   const bool whole = k0 - block == b.low && k1 - block == b.high, odd = b.keys->odd_k || b.x->odd;
-  b.plan = {
-      factor, 0,
-      h.rules.softcap <= 0 && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>)};
+  const bool bends = h.rules.softcap > 0;
+  b.plan = {factor, 0, !bends && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>),
+            bends && !b.has_dense};
   // Masks are read 64 keys at a time, rows of a bias are best read in one go, and a softcap of more
   // than 8 keys does not fit beside products; where V holds what cannot be cut, masks and biases of
   // the whole block are wanted.
@@ -113,7 +113,7 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
   else if (use_mask && !b.masked)
     b.plan.chunk = 2 * DEPTH;
   else
-    b.plan.chunk = h.rules.softcap > 0 && !b.has_dense ? 8 : TILE;
+    b.plan.chunk = b.plan.bent ? 8 : TILE;
 }
 
 template <class E>
@@ -157,8 +157,8 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
   Pipeline pipeline{h, {}, nullptr, nullptr};
   fetch_next_queries<E>(pipeline.fetcher, h, next, tiles);
 
-  Scored units[ForwardScratch<E>::units];
-  index_t turn = 0;  // of units, and of blocks of keys
+  Scored units[own.units];
+  index_t turn = 0;
   KeyBlock* keys = own.keys;
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t rows = min_index(KEY_BLOCK, any.high - block);
@@ -179,15 +179,14 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       bool use_mask = cover == Cover::some;
       if (use_mask && h.rules.mask.row == 0) use_mask = trim_hidden(h.rules.mask, k0, k1);
       if (k0 >= k1) continue;
-      Scored& b = units[turn % ForwardScratch<E>::units];
+      Scored& b = units[turn % own.units];
       b.x = &x, b.keys = keys, b.k = k, b.v = v;
       b.s = own.s[turn % own.twice], b.tile = own.tile, b.sums = own.sums;
       const Operand& words = own.words[turn % own.twice];
       b.words = {words.data, as_words(nullptr, KEY_BLOCK, x.vectors * W<T>).row, words.piece};
       turn++;
-      b.bias =
-          h.rules.bias;  // of the unit after the next one, or where there is no pipeline the next
-      const int then = i + ForwardScratch<E>::twice;
+      b.bias = h.rules.bias;
+      const int then = i + own.twice;  // the next unit, or the one after it
       if (b.bias.data)
         b.bias.data +=
             subs[then % n].first * b.bias.row + (block + then / n * KEY_BLOCK) * b.bias.col;
@@ -201,7 +200,7 @@ static void forward_amx(const ForwardHead& h, index_t q_begin, index_t q_end,
       }
     }
   }
-  finish_units<E>(pipeline, nullptr);
+  if constexpr (PIPELINED<E>) finish_units<E>(pipeline, nullptr);
   for (int i = 0; i < n; i++) {
     Queries<T>& x = subs[i];
     if (x.finished) continue;

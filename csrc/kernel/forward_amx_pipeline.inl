@@ -67,6 +67,16 @@ FA_INLINE void hide_keys(const Matrix& mask, Scored& b, index_t from, index_t to
   }
 }
 
+// A softcap alone, of the keys that exist.
+template <class E, int NQ>
+FA_INLINE void bend_keys(const Rules& rules, Scored& b, index_t from, index_t to) {
+  from = max_index(from, b.k0 - b.block);
+  to = min_index(to, b.k1 - b.block);
+  if (from < to)
+    finish_scores<E, true, false, NQ>(to - from, b.s + from * NQ * W<float>, b.plan.factor.after,
+                                      float(rules.softcap) * LOG2E_F, {}, b.block_max, b.x->seen);
+}
+
 // Exponentials of row r of the unit's rows.
 template <class E, int NQ, bool DROPS>
 FA_INLINE void exponentials_of_row(Scored& b, index_t r, const Kept& kept) {
@@ -100,7 +110,9 @@ template <class E, int NQ> FA_NOINLINE void run_step(Paced& steps) {
   step_taken(t);
   if (at < t.rules) {
     const index_t from = b.low + at * b.plan.chunk, to = min_index(from + b.plan.chunk, b.high);
-    if (!b.plan.raw)
+    if (b.plan.bent)
+      bend_keys<E, NQ>(rules, b, from, to);
+    else if (!b.plan.raw)
       apply_rules<E>(*t.h, b, from, to, b.s + from * NQ * W<float>);
     else if (b.masked)
       hide_keys<E, NQ>(rules.mask, b, from, to, b.plan.factor.after);

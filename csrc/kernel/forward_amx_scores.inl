@@ -86,11 +86,11 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
 }
 
 // How scores become probabilities. chunk: keys that rules are applied to at a time. raw: nothing is
-// done to the products, but a mask may hide some.
+// done to the products, but a mask may hide some; bent: a softcap is the only rule.
 struct Plan {
   LogitFactor factor;
   index_t chunk;
-  bool raw;
+  bool raw, bent;
 };
 
 // One sub-block of queries against keys [k0, k1) of one block. Tiles of keys [low, high), numbered
@@ -107,7 +107,7 @@ struct Scored {
   float *s, *tile;  // (128, lanes) each
   float* sums;      // 32 x 32
   Operand words;    // P
-  Matrix bias;      // of the sub-block and block that come next, to be fetched; or null
+  Matrix bias;      // of a unit that comes soon, to be fetched; or null
   // Of 64 keys: a bit for each of 32, 1 where a mask shows it to the query.
   alignas(64) uint32_t shown[2][LANES<float>];
   // Of the block: what P is relative to, the largest logit, the factor of what was summed up
