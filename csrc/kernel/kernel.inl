@@ -48,6 +48,7 @@ namespace {
 #include "kernel/few_amx_tiles.inl"
 #include "kernel/few_amx.inl"
 #include "kernel/product_amx.inl"
+#include "kernel/backward_amx_sight.inl"
 #include "kernel/backward_amx_cells.inl"
 #include "kernel/backward_amx_odd.inl"
 #include "kernel/backward_amx_block.inl"
