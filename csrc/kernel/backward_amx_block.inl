@@ -164,7 +164,6 @@ template <class E> FA_NOINLINE void advance_cells(Cells& x, int r, int c, index_
   index_t products = parts ? parts * cells_of(b.rows[x.column.c]) * each_part : 0;
   if (r >= 0)
     products += each * (up_to(b.d, DEPTH) + (b.need_ds ? up_to(b.d_v, DEPTH) : 0)) / DEPTH;
-  if (!x.waiting) x.steps.left = 0;
   start_steps(x.steps, products);
   const auto beside = [&] {
     if constexpr (PIPELINED<E>)

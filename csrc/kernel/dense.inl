@@ -25,16 +25,20 @@ template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> posit
   return slope * (ahead < Vec<T>{} ? -ahead : ahead);
 }
 
-// On tiles the exponentials of forward fetch a bias, one line at a time. There the dense part is
-// made beside products, but for bfloat16.
+// On tiles the exponentials of forward fetch a bias, one line at a time. PIPELINED: rules and
+// exponentials run beside products there, if numbers are cut into several pieces.
 #if defined(FUSEDATTN_AMX)
 inline constexpr bool FORWARD_FETCHES_BIAS = false;
-template <class E> inline constexpr bool BESIDE_PRODUCTS = true;
-template <> inline constexpr bool BESIDE_PRODUCTS<BFloat> = false;
+template <class E> inline constexpr bool PIPELINED = true;
+template <> inline constexpr bool PIPELINED<BFloat> = false;
 #else
 inline constexpr bool FORWARD_FETCHES_BIAS = true;
-template <class E> inline constexpr bool BESIDE_PRODUCTS = false;
+template <class E> inline constexpr bool PIPELINED = false;
 #endif
+// For rules that may run beside products, whose sums keep_awake would spoil.
+template <class E> FA_INLINE void keep_awake_between() {
+  if constexpr (!PIPELINED<E>) keep_awake();
+}
 // W elements of a row of the bias, n of which exist. FETCH: also those of the keys that come next:
 // rows of a matrix in DRAM are too short for the hardware to see it coming. Of the first block,
 // also what lies `then` bytes further: the next sub-block's.
@@ -212,7 +216,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
     IntVec<T> segment{};
     for (int i = 0; i < W<T> && rules.segments.q_number; i++)
       segment[i] = rules.segments.q_number[query[i]];
-    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
+    keep_awake_between<E>();
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));

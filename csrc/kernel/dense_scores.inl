@@ -53,7 +53,7 @@ FA_NOINLINE void apply_mask(const Rules& rules, const Queries<T>& x, index_t k0,
   for (index_t r = 0; r < lanes; r += W<T>) {
     index_t query[W<T>];
     dense_queries<T>(x, r, query);
-    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
+    keep_awake_between<E>();
     Vec<T> max[2] = {load(max_io + r), load(max_io + r)};
     IntVec<T> any{};
     T* at = p + r;
@@ -89,7 +89,7 @@ FA_NOINLINE void apply_bias(const Rules& rules, const Queries<T>& x, index_t k0,
     const char* row[W<T>];
     for (int i = 0; i < W<T>; i++)
       row[i] = bias.data + (x.first + min_index(r + i, x.count - 1)) * bias.row + k0 * bias.col;
-    if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
+    keep_awake_between<E>();
     Adding<T> sums;
     sums.load_from(max_io + r, x.seen + r);
     T* at = p + r;

@@ -60,7 +60,7 @@ template <class E> struct FewScratch {
     p_cut = rows_operand(free, P_PIECES<E>, TILE, KEY_BLOCK);
     k_cut = rows_operand(free, PIECES<E>, DEPTH, d);
     v_cut = words_operand(free, PIECES<E>, DEPTH, dv);
-    pieces = carve<char>(free, 24 * TILE_BYTES);
+    pieces = carve<char>(free, 2 * CUT_TILES * TILE_BYTES);
   }
 };
 template <class E> static size_t few_scratch_amx(const ForwardHead& h) {

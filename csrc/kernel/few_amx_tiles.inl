@@ -38,6 +38,7 @@ template <int C, int A, int B> FA_INLINE void multiply_tile_pair() {
 
 // Bytes: fetched into L2 and, where cutting is the limit, into L1 ahead of what is cut.
 inline constexpr index_t LEAD = 3584, NEAR = 1024, TILE_BYTES = 1024;
+inline constexpr index_t CUT_TILES = 12;  // of all pieces, in a block that is cut
 
 // Rows of a block of K or V: those before `split`, a multiple of 32, where they lie, the others
 // copied, with zeros around them.
@@ -105,7 +106,7 @@ template <class E> FA_INLINE void cut_words(char* to, const char* low, const cha
 // 32 columns to a tile; V as words of keys r and r + 16 of 32, 16 columns to a tile. Tile (column,
 // piece) at column * P + piece.
 template <class E, bool VALUES> struct FewCutter {
-  static constexpr index_t most = 12 / PIECES<E>,  // tiles of a piece in a block
+  static constexpr index_t most = CUT_TILES / PIECES<E>,  // tiles of a piece in a block
       bytes = (VALUES ? 16 : 32) * sizeof(E), column = PIECES<E> * TILE_BYTES,
                            group = VALUES ? 2 * TILE : TILE;  // keys
   const FewRows& m;
@@ -148,7 +149,7 @@ template <class E, bool VALUES> struct FewCutter {
 };
 
 // s[key][column] = K Q^T for `rows` keys (a multiple of 16), `steps` times 32 elements. `pieces`
-// has room for 24 tiles.
+// has room for two blocks.
 template <class E>
 FA_NOINLINE void few_scores_amx(const FewRows& k, index_t rows, index_t steps, const Operand& q,
                                 index_t columns, float* s, char* pieces, FewFetch& fetch) {
@@ -184,7 +185,7 @@ FA_NOINLINE void few_scores_amx(const FewRows& k, index_t rows, index_t steps, c
 }
 
 // sums[row][column] = P V, or where ADD += P V, for `rows` keys (a multiple of 32), `columns` times
-// 16 columns. Before each 32 keys, meanwhile(first key). `pieces` has room for 24 tiles.
+// 16 columns. Before each 32 keys, meanwhile(first key). `pieces` has room for two blocks.
 template <class E, bool ADD, class F>
 FA_INLINE void few_values_amx(const FewRows& v, index_t rows, index_t columns, const Operand& p,
                               float* sums, char* pieces, FewFetch& fetch, F&& meanwhile) {

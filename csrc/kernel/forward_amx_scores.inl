@@ -18,11 +18,7 @@ FA_NOINLINE float dot_rows(const Matrix& a, index_t i, const Matrix& b, index_t 
   return sum;
 }
 
-// Of numbers cut into several pieces, rules and exponentials run beside products.
-template <class E> inline constexpr bool PIPELINED = PIECES<E> > 1;
-static_assert(PIPELINED<float> == BESIDE_PRODUCTS<float> &&
-              PIPELINED<BFloat> == BESIDE_PRODUCTS<BFloat>);
-// Vectors of queries in a sub-block: then, as many as leave P in the L1 cache.
+// Vectors of queries in a sub-block: pipelined, as many as leave P in the L1 cache.
 template <class E> inline constexpr int WIDEST = PIPELINED<E> ? 2 : MAX_NJ;
 
 // The factor of the logits is in the operand of Q where its pieces hold any number, else it is
@@ -77,7 +73,7 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
       store(at + j * W<T>, x);
     }
   }
-  if constexpr (!BESIDE_PRODUCTS<E>) keep_awake();
+  keep_awake_between<E>();
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     store(max_io + j * W<T>, max[j]);
