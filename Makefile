@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 ASAN_VENV := build/asan/venv
 
 .PHONY: setup rebuild test test-isa format lint typecheck check bench neighbour \

@@ -1,5 +1,8 @@
-#define FUSEDATTN_TABLE table_avx2
-#define FUSEDATTN_ISA_NAME "avx2"
-#define FUSEDATTN_VECTOR_BYTES 32
-#define FUSEDATTN_REGISTERS 16
-#include "kernel/kernel.inl"
+#include "kernel/tables.h"
+
+namespace fusedattn {
+
+extern const KernelTable table_avx2;
+constinit const KernelTable table_avx2 = whole_table("avx2");
+
+}  // namespace fusedattn

@@ -1,5 +1,8 @@
-#define FUSEDATTN_TABLE table_avx512
-#define FUSEDATTN_ISA_NAME "avx512"
-#define FUSEDATTN_VECTOR_BYTES 64
-#define FUSEDATTN_REGISTERS 32
-#include "kernel/kernel.inl"
+#include "kernel/tables.h"
+
+namespace fusedattn {
+
+extern const KernelTable table_avx512;
+constinit const KernelTable table_avx512 = whole_table("avx512");
+
+}  // namespace fusedattn

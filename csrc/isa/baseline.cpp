@@ -1,5 +1,8 @@
-#define FUSEDATTN_TABLE table_baseline
-#define FUSEDATTN_ISA_NAME "baseline"
-#define FUSEDATTN_VECTOR_BYTES 16
-#define FUSEDATTN_REGISTERS 16
-#include "kernel/kernel.inl"
+#include "kernel/tables.h"
+
+namespace fusedattn {
+
+extern const KernelTable table_baseline;
+constinit const KernelTable table_baseline = whole_table("baseline");
+
+}  // namespace fusedattn

@@ -1,5 +1,8 @@
-#define FUSEDATTN_TABLE table_neon
-#define FUSEDATTN_ISA_NAME "neon"
-#define FUSEDATTN_VECTOR_BYTES 16
-#define FUSEDATTN_REGISTERS 32
-#include "kernel/kernel.inl"
+#include "kernel/tables.h"
+
+namespace fusedattn {
+
+extern const KernelTable table_neon;
+constinit const KernelTable table_neon = whole_table("neon");
+
+}  // namespace fusedattn

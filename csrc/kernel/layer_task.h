@@ -1,5 +1,5 @@
 // Plain structs that travel from the work division (layers.cpp) to the kernels of the encoder's
-// layers (kernel/product.inl, kernel/elementwise.inl). Strides are in bytes; the elements of a row
+// layers (kernel/layers/). Strides are in bytes; the elements of a row
 // lie next to each other unless said otherwise.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Plain structs that travel from the work division (attention.cpp) to the kernels (kernel/*.inl).
+// Plain structs that travel from the work division (attention.cpp) to the kernels (kernel/).
 // No member functions that could be inlined for one instruction set and linked for another.
 #pragma once
 
@@ -33,7 +33,7 @@ struct Segments {
 };
 
 // Dropout of probabilities: entry (i, j) is kept where half j % 2 of word j % 8 / 2 of Philox
-// (kernel/dropout.inl) for the counter (j / 8, i, head, batch) is at least the upper half of
+// (kernel/rules/dropout.h) for the counter (j / 8, i, head, batch) is at least the upper half of
 // `threshold`. 0: no dropout.
 struct Dropout {
   std::uint32_t threshold, head, batch;
@@ -42,7 +42,8 @@ struct Dropout {
 };
 
 // What a mask says of each COVER_ROWS queries and COVER_KEYS keys, for all heads that share it:
-// kernels write down what they find. 0: nobody has looked yet, else a Cover and 1 (rules.inl).
+// kernels write down what they find. 0: nobody has looked yet, else a Cover and 1
+// (kernel/rules/cover.h).
 inline constexpr index_t COVER_ROWS = 16, COVER_KEYS = 128;
 struct Covers {
   std::uint8_t* said;  // row after row of blocks; null: not shared

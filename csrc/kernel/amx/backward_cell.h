@@ -1,0 +1,188 @@
+// What the backward pass on tiles does with one cell: P and dS from S and dP by every rule, and
+// their cutting into operands.
+#pragma once
+
+#include "kernel/amx/backward_allowed.h"
+#include "kernel/amx/cut.h"
+#include "kernel/attention/backward_steps.h"
+#include "kernel/rules/dropout.h"
+#include "kernel/rules/logits.h"
+#include "kernel/vector/tanh.h"
+
+namespace fusedattn {
+namespace {
+
+// lse2 or delta of a query. A NaN that the caller made may have bits that rounding carries over
+// into a number.
+FA_INLINE Vec<float> statistic(float x) {
+  return splat(x == x ? x : __builtin_nanf(""));
+}
+
+// What has to be done for a cell: no pair is forbidden, no rule changes a logit; no rule does; a
+// softcap, or a bias or ALiBi, is the only one; any of them, dropout, or there is an odd number.
+enum class Kind { all, some, bent, added, ruled };
+FA_INLINE Kind kind_of(const Rules& rules) {
+  const bool bent = rules.softcap > 0, added = rules.bias.data || rules.alibi_slope != 0;
+  if (rules.dropout.threshold || (bent && added)) return Kind::ruled;
+  return bent ? Kind::bent : added ? Kind::added : Kind::some;
+}
+
+// P and dS of W pairs; dS times the slope of the softcap.
+struct PairGradients {
+  Vec<float> p, ds, bent;
+};
+// What the rules need to know.
+struct CellRules {
+  const Rules& rules;
+  bool bends, drops, slanted, biased, native_bias;
+  Vec<float> factor, cap, kept, slope;
+};
+template <class E, Kind KIND>
+FA_INLINE CellRules cell_rules(const TiledBackward& b, const Rules& rules) {
+  constexpr bool any = KIND == Kind::ruled, added = any || KIND == Kind::added;
+  return {rules,
+          KIND == Kind::bent || (any && rules.softcap > 0),
+          any && rules.dropout.threshold,
+          added && rules.alibi_slope != 0,
+          added && rules.bias.data,
+          is_native_bias<E>(rules.bias),
+          splat(b.factor),
+          splat(float(rules.softcap) * LOG2E_F),
+          splat(float(rules.dropout.scale)),
+          splat(float(-rules.alibi_slope * LOG2E))};
+}
+FA_INLINE Vec<float> only(uint32_t pairs, Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_mov_ps(__mmask16(pairs), (__m512)x);
+}
+
+// Of query q and the keys from k on, n of which exist. `bent`: tanh of the logit, with a softcap.
+// keep: dropout's 0 or 1.
+template <class E, Kind KIND>
+FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<float> bent,
+                                       Vec<float> dp, Vec<float> l, Vec<float> dl, uint32_t pairs,
+                                       index_t q, index_t k, index_t n, const float* keep) {
+  using T = float;
+  s = x.bends ? x.cap * bent : s * x.factor;
+  Vec<T> slope{}, add{};
+  if (x.bends) slope = splat(1.0f) - bent * bent;
+  if (x.slanted) add = alibi<T>(x.slope, lane_numbers<T>(), splat(T(q + x.rules.q_offset - k)));
+  if (x.biased) {
+    const Matrix& m = x.rules.bias;
+    const char* p = m.data + q * m.row + k * m.col;
+    const Vec<T> bias = x.native_bias && n >= W<T>
+                            ? load_as<E>(p)
+                            : gather_as<E>(p, m.col, int(min_index(n, W<T>)));
+    add = add_bias<T>(bias, add);
+    pairs &= _mm512_cmp_ps_mask((__m512)bias, (__m512)splat(-Bits<T>::infinity), _CMP_NEQ_UQ);
+  }
+  if (x.slanted || x.biased) s += add;
+  PairGradients y;
+  y.p = probability<T>(s, l);
+  if (KIND != Kind::all) y.p = only(pairs, y.p);
+  if (x.drops) dp *= load(keep) * x.kept;
+  y.ds = y.p * (dp - dl);
+  if (KIND != Kind::all) y.ds = only(pairs, y.ds);
+  y.bent = x.bends ? only(pairs, y.ds * slope) : y.ds;
+  if (x.drops) y.p *= load(keep);
+  return y;
+}
+
+// What becomes of a cell, in steps: four queries' dropout; P and dS of two queries as operands.
+struct CellSteps : Paced {
+  const TiledBackward* b;
+  const Rules* rules;
+  int r, c;
+  Kind kind;
+  bool odd;           // P and dS are wanted in s and bent as well
+  index_t at, draws;  // the next step, and where those of dropout end
+  float *s, *dp;
+  Operand p, ds;
+};
+
+// Of queries i and i + 16 of the cell.
+template <class E, Kind KIND, bool NEED_DS>
+FA_INLINE void cut_pairs(const CellSteps& t, const CellRules& x, index_t i) {
+  using T = float;
+  constexpr int P = COMPUTED<E>;
+  const TiledBackward& b = *t.b;
+  const int r = t.r, c = t.c;
+  const uint32_t* allowed = b.allowed[r][c];
+  Cut<P> p[2][2] = {}, ds[2][2] = {};  // two vectors of keys each
+  Vec<T> bent[4] = {};
+  if (x.bends) {
+    FA_UNROLL
+    for (int v = 0; v < 4; v++)
+      bent[v] = tanh<T>(load(t.s + (i + v / 2 * CELL / 2) * CELL + v % 2 * W<T>) * x.factor);
+  }
+  FA_UNROLL
+  for (int h = 0; h < 2; h++) {
+    const index_t in_cell = i + h * CELL / 2, q = r * CELL + in_cell;
+    const uint32_t pairs = KIND == Kind::all ? ~0u : allowed[in_cell];
+    const Vec<T> l = pairs ? statistic(b.lse2[q]) : Vec<T>{};
+    const Vec<T> dl = NEED_DS && pairs ? statistic(b.delta[q]) : Vec<T>{};
+    FA_UNROLL
+    for (int y = 0; y < 2; y++) {
+      const uint32_t own = pairs >> y * W<T> & 0xffff;
+      const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
+      PairGradients g{};
+      if (KIND == Kind::all || own)
+        g = pair_gradients<E, KIND>(x, load(t.s + at), bent[2 * h + y],
+                                    NEED_DS ? load(t.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
+                                    b.k0 + key, b.nk - key, b.keep + at);
+      if (KIND == Kind::ruled && t.odd) store(t.s + at, g.p), store(b.bent + at, g.bent);
+      p[h][y] = cut_computed<P>(g.p);
+      if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
+      if (NEED_DS && b.ds_all) store(b.ds_all + q * TILED_BACK_KEYS + key, g.ds);
+    }
+    if (NEED_DS)
+      store_words<P>(b.ds_rows.data + q * b.ds_rows.row + c * 2 * CELL, b.ds_rows.piece, ds[h][0],
+                     ds[h][1]);
+  }
+  FA_UNROLL
+  for (int y = 0; y < 2; y++) {
+    const index_t at = (r * CELL / 2 + i) * t.p.row + y * 64;
+    store_words<P>(t.p.data + at, t.p.piece, p[0][y], p[1][y]);
+    if (NEED_DS) store_words<P>(t.ds.data + at, t.ds.piece, ds[0][y], ds[1][y]);
+  }
+}
+// Pairs of queries in a step: all of them where nothing goes on beside.
+template <class E> inline constexpr index_t STEP_PAIRS = PIPELINED<E> ? 1 : CELL / 2;
+template <class E, Kind KIND, bool NEED_DS> FA_NOINLINE void run_cell_step(Paced& steps) {
+  CellSteps& t = static_cast<CellSteps&>(steps);
+  step_taken(t);
+  const TiledBackward& b = *t.b;
+  const index_t at = t.at++;
+  if (at < t.draws) {
+    const index_t q = t.r * CELL + 4 * at;
+    if (q < b.nq)
+      keep_rows<float>(t.rules->dropout, b.q0 + q, b.k0 + t.c * CELL, CELL, b.keep + 4 * at * CELL,
+                       CELL);
+    return;
+  }
+  const CellRules x = cell_rules<E, KIND>(b, *t.rules);
+  const index_t first = (at - t.draws) * STEP_PAIRS<E>;
+  for (index_t i = first; i < first + STEP_PAIRS<E>; i++) {
+    if (!PIPELINED<E> && KIND > Kind::some && i % 4 == 0) keep_awake();
+    cut_pairs<E, KIND, NEED_DS>(t, x, i);
+  }
+}
+template <class E> FA_INLINE void (*cell_step(Kind kind, bool need_ds))(Paced&) {
+  if (!need_ds)  // rarely
+    return kind == Kind::all ? run_cell_step<E, Kind::all, false>
+                             : run_cell_step<E, Kind::ruled, false>;
+  if (kind == Kind::all) return run_cell_step<E, Kind::all, true>;
+  if (kind == Kind::some) return run_cell_step<E, Kind::some, true>;
+  if (kind == Kind::bent) return run_cell_step<E, Kind::bent, true>;
+  if (kind == Kind::added) return run_cell_step<E, Kind::added, true>;
+  return run_cell_step<E, Kind::ruled, true>;
+}
+
+// Of a cell that sees nothing, for dbias.
+FA_NOINLINE void clear_cell(const TiledBackward& b, int r, int c) {
+  for (index_t i = 0; i < CELL; i++)
+    __builtin_memset(b.ds_all + (r * CELL + i) * TILED_BACK_KEYS + c * CELL, 0,
+                     CELL * sizeof(float));
+}
+
+}  // namespace
+}  // namespace fusedattn

@@ -1,0 +1,308 @@
+// Products of float32 matrices on tiles (tiles.h says how numbers are cut and what that costs).
+//
+// Cost model, in cycles: a band of 32 rows of A times a band of 32 columns of B takes 384 for
+// every 32 of k (24 instructions of 16), 12 for each unit of depth. Both bands are cut: 192 bytes
+// of each for a unit of depth. The band of B is TILED_DEPTH deep, 24 KB, and stays in L1; those of
+// A come from L2 at 16 bytes a cycle, one after the other. Cutting takes about 0.3 for an element,
+// 0.45 if it is transposed on the way, and its products m / 85 (of B) or n / 85 (of A): a few
+// hundred rows and columns pay for it. What becomes of the sums is done by the vector units while
+// the tiles multiply the next bands.
+//
+// An element of C is a sum on tiles for each piece of k, and the sum of those, in order. Pieces are
+// multiples of 32 whose sizes depend on k alone, so an element's bits depend on its row of A, its
+// column of B and k. One that comes out not finite is computed again by multiply-adds: NaN,
+// infinities, and numbers whose pieces or whose products overflow.
+#pragma once
+
+#include "kernel/amx/cut.h"
+#include "kernel/layers/product.h"
+
+namespace fusedattn {
+namespace {
+
+inline constexpr index_t BAND = 2 * TILE;
+inline constexpr index_t TILED_DEPTH = 128;
+inline constexpr index_t PIECE_BYTES = BAND * DEPTH * 2;
+inline constexpr index_t STEP_BYTES = 3 * PIECE_BYTES;  // a band, DEPTH deep
+
+FA_INLINE index_t bands_of(index_t n) {
+  return (n + BAND - 1) / BAND;
+}
+// As depth_of, in steps of DEPTH.
+FA_INLINE index_t tiled_depth_of(index_t k) {
+  const index_t steps = max_index(1, up_to(k, DEPTH) / DEPTH);
+  const index_t pieces = up_to(steps * DEPTH, TILED_DEPTH) / TILED_DEPTH;
+  return (steps + pieces - 1) / pieces * DEPTH;
+}
+
+// ---- cutting ----
+
+// Three pieces of 32 numbers, as words (low[i], high[i]).
+FA_INLINE void cut_band_words(Vec<float> low, Vec<float> high, char* dst) {
+  store_words<3>(dst, PIECE_BYTES, cut_number<3>(low), cut_number<3>(high));
+}
+
+// The R x C numbers of a matrix from (r, c), where vectors can be read: in place, or else copied,
+// with zeros beyond `rows` and `cols`.
+template <index_t R, index_t C>
+FA_INLINE Rows<float> cut_source(const Matrix& m, index_t r, index_t rows, index_t c, index_t cols,
+                                 float* copy) {
+  char* at = m.data + r * m.row + c * m.col;
+  const bool whole = rows >= R && cols >= C, straight = m.col == index_t(sizeof(float));
+  if (whole && straight)
+    return {reinterpret_cast<const float*>(at), m.row / index_t(sizeof(float))};
+  if (!whole) __builtin_memset(copy, 0, R * C * sizeof(float));
+  const index_t nr = min_index(R, rows), nc = min_index(C, cols);
+  if (straight)
+    copy_rows<float>({at, m.row, m.col}, 0, nr, nc, 1.0f, copy, C);
+  else
+    pack_transposed<float>({at, m.col, m.row}, 0, nc, nr, 1.0f, copy, C);
+  return {copy, C};
+}
+
+// Rows [i, i + rows) of A, `depth` of k from k0. Tiles lie one after the other; a word holds k and
+// k + 16, as it does in B.
+FA_NOINLINE void cut_band_of_a(const Matrix& a, index_t i, index_t rows, index_t k0, index_t depth,
+                               float* copy, char* dst) {
+  for (index_t k = 0; k < depth; k += DEPTH, dst += STEP_BYTES)
+    for (index_t t = 0; t < min_index(BAND, rows); t += TILE) {
+      const Rows<float> x = cut_source<TILE, DEPTH>(a, i + t, rows - t, k0 + k, depth - k, copy);
+      for (index_t r = 0; r < TILE; r++) {
+        const float* row = x.data + r * x.ld;
+        cut_band_words(load(row), load(row + TILE), dst + (t + r) * 64);
+      }
+    }
+}
+// Columns [j, j + columns) of B.
+FA_NOINLINE void cut_band_of_b(const Matrix& b, index_t k0, index_t depth, index_t j,
+                               index_t columns, float* copy, char* dst) {
+  for (index_t k = 0; k < depth; k += DEPTH, dst += STEP_BYTES)
+    for (index_t t = 0; t < min_index(BAND, columns); t += TILE) {
+      const Rows<float> x = cut_source<DEPTH, TILE>(b, k0 + k, depth - k, j + t, columns - t, copy);
+      keep_awake();
+      for (index_t r = 0; r < TILE; r++)
+        cut_band_words(load(x.data + r * x.ld), load(x.data + (r + TILE) * x.ld),
+                       dst + r * 128 + t * 4);
+    }
+}
+
+// ---- products ----
+
+// The second half of multiply_tiles<2, NJ>.
+template <int NJ> FA_INLINE void multiply_lower_tiles() {
+  asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+}
+
+// sums (32 x 32) = the product of MI x NJ tiles of two bands. `between` is called CALLS times a
+// step.
+inline constexpr index_t CALLS = 12;
+template <int MI, int NJ, class F>
+FA_INLINE void multiply_bands(const char* a, const char* b, index_t steps, float* sums,
+                              F&& between) {
+  constexpr PieceOrder order = piece_order<3, 3>();
+  clear_tiles<MI, NJ>();
+  for (; steps > 0; steps--, a += STEP_BYTES, b += STEP_BYTES)
+    unrolled<order.n>([&]<int T>() FA_LAMBDA {
+      if constexpr (order.new_x(T)) load_rows_tiles<MI>(a + order.x[T] * PIECE_BYTES, 64);
+      if constexpr (order.new_y(T)) load_words_tiles<NJ>(b + order.y[T] * PIECE_BYTES, 128);
+      multiply_tiles<1, NJ>(), between();
+      if (MI == 2) multiply_lower_tiles<NJ>();
+      between();
+    });
+  store_tiles<MI, NJ>(sums, BAND * sizeof(float));
+}
+
+// A piece of k for one band of columns.
+struct BandPlace {
+  index_t j, columns, k0, depth;
+  bool first, done;
+};
+// Sums on their way to C, from `row` on.
+struct BandSums {
+  BandPlace at;
+  index_t i, rows, row;
+  float* sums;  // 32 x 32
+  float* copy;  // scratch for a band of B
+  bool mended;
+};
+
+// Sums that are not finite again, by multiply-adds.
+FA_NOINLINE void mend(const Product& p, BandSums& s) {
+  const BandPlace& at = s.at;
+  for (index_t k = 0; k < at.depth; k += DEPTH)
+    for (index_t t = 0; t < BAND; t += TILE) {
+      alignas(64) float copy[DEPTH * TILE];
+      const Rows<float> x = cut_source<DEPTH, TILE>(p.b, at.k0 + k, at.depth - k, at.j + t,
+                                                    max_index(0, at.columns - t), copy);
+      for (index_t r = 0; r < DEPTH; r++)
+        store(s.copy + (k + r) * BAND + t, load(x.data + r * x.ld));
+    }
+  for (index_t r = 0; r < s.rows; r++) {
+    const char* a = p.a.data + (s.i + r) * p.a.row + at.k0 * p.a.col;
+    Vec<float> sum[2] = {};
+    for (index_t k = 0; k < at.depth; k++)
+      for (int v = 0; v < 2; v++)
+        sum[v] = fma<float>(splat(*reinterpret_cast<const float*>(a + k * p.a.col)),
+                            load(s.copy + k * BAND + v * TILE), sum[v]);
+    for (int v = 0; v < 2; v++) {
+      float* tiled = s.sums + r * BAND + v * TILE;
+      const Vec<float> x = load(tiled);
+      store(tiled, x - x == Vec<float>{} ? x : sum[v]);
+    }
+  }
+  s.mended = true;
+}
+
+// A row of sums becomes one of C. write_tile and finish_tile in one go: what activations compute
+// must not wait for memory, and their latencies overlap.
+template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
+  const float* sums = s.sums + s.row * BAND;
+  Vec<float> x[NJ], check{};
+  FA_UNROLL
+  for (int v = 0; v < NJ; v++) {
+    x[v] = load(sums + v * TILE);
+    check = fma<float>(x[v], Vec<float>{}, check);
+  }
+  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.mended) {
+    mend(p, s);
+    for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
+  }
+  const index_t i = s.i + s.row, j = s.at.j;
+  float* c = row_of<float>(p.c, i) + j;
+  const float* before = !s.at.first ? c : p.added.data ? row_of<float>(p.added, i) + j : nullptr;
+  const float* bias = s.at.first && p.bias ? static_cast<const float*>(p.bias) + j : nullptr;
+  const auto lanes = [&](int v)
+                         FA_LAMBDA { return v == NJ - 1 ? int(s.at.columns - v * TILE) : TILE; };
+  const auto each = [&](auto&& f) FA_LAMBDA {
+    FA_UNROLL
+    for (int v = 0; v < NJ; v++) f(v, v * TILE);
+  };
+  if (bias) each([&](int v, index_t at) { x[v] += load_lanes(bias + at, lanes(v)); });
+  if (before) each([&](int v, index_t at) { x[v] += load_lanes(before + at, lanes(v)); });
+  if (s.at.done && p.then != Then::nothing) {
+    float* slope = p.slope.data ? row_of<float>(p.slope, i) + j : nullptr;
+    const auto activate_with = [&](auto&& f) FA_LAMBDA {
+      Activated<float> y[NJ];
+      each([&](int v, index_t) { y[v] = f(x[v]); });
+      each([&](int v, index_t) { x[v] = y[v].y; });
+      if (slope) each([&](int v, index_t at) { store_lanes(slope + at, y[v].slope, lanes(v)); });
+    };
+    if (p.then == Then::times)
+      each([&](int v, index_t at) { x[v] = x[v] * load_lanes(slope + at, lanes(v)); });
+    if (p.then == Then::relu) activate_with([](Vec<float> v) { return relu<float>(v); });
+    if (p.then == Then::gelu) activate_with([](Vec<float> v) { return gelu<float>(v); });
+    if (p.then == Then::gelu_tanh) activate_with([](Vec<float> v) { return gelu_tanh<float>(v); });
+  }
+  each([&](int v, index_t at) { store_lanes(c + at, x[v], lanes(v)); });
+}
+// For the line of C to be there in time. Rows are often a multiple of 4096 bytes apart and share a
+// few cache lines.
+inline constexpr index_t ROWS_AHEAD = 6;
+FA_INLINE void expect_row(const Matrix& m, index_t i, index_t j) {
+  char* at = m.data + i * m.row + j * index_t(sizeof(float));
+  __builtin_prefetch(at, 1, 3);
+  __builtin_prefetch(at + 64, 1, 3);
+}
+FA_NOINLINE void finish_next(const Product& p, BandSums& s) {
+  if (s.at.columns > TILE)
+    finish_row<2>(p, s);
+  else
+    finish_row<1>(p, s);
+  expect_row(p.c, s.i + s.row + ROWS_AHEAD, s.at.j);
+  if (p.slope.data && s.at.done) expect_row(p.slope, s.i + s.row + ROWS_AHEAD, s.at.j);
+  s.row++;
+}
+
+// Scratch of one task.
+struct TiledScratch {
+  char *a, *b;
+  float *sums[2], *copy;
+};
+FA_INLINE TiledScratch tiled_scratch(char*& free, index_t rows) {
+  const index_t steps = TILED_DEPTH / DEPTH;
+  TiledScratch s;
+  s.a = carve<char>(free, bands_of(rows) * steps * STEP_BYTES);
+  s.b = carve<char>(free, steps * STEP_BYTES);
+  for (float*& sums : s.sums) sums = carve<float>(free, BAND * BAND);
+  s.copy = carve<float>(free, TILED_DEPTH * BAND);
+  return s;
+}
+
+// One band of columns and one piece of k, all rows of A.
+FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char* a, index_t a_band,
+                              index_t i0, index_t rows, const TiledScratch& own, NextBlocks& next,
+                              BandSums& last) {
+  const index_t steps = up_to(at.depth, DEPTH) / DEPTH;
+  const bool wide = at.columns > TILE;
+  const auto between = [&]() FA_LAMBDA {
+    if (last.row < last.rows) finish_next(p, last);
+    for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
+    for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
+  };
+  for (index_t i = 0; i < rows; i += BAND, a += a_band) {
+    float* sums = last.sums == own.sums[0] ? own.sums[1] : own.sums[0];
+    const bool two = rows - i > TILE;
+    if (two && wide) multiply_bands<2, 2>(a, own.b, steps, sums, between);
+    if (two && !wide) multiply_bands<2, 1>(a, own.b, steps, sums, between);
+    if (!two && wide) multiply_bands<1, 2>(a, own.b, steps, sums, between);
+    if (!two && !wide) multiply_bands<1, 1>(a, own.b, steps, sums, between);
+    while (last.row < last.rows) finish_next(p, last);
+    last = {at, i0 + i, min_index(BAND, rows - i), 0, sums, own.copy, false};
+  }
+}
+
+FA_ENTRY void product_tiled(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
+                            index_t next_rows, void* scratch) {
+  char* free = static_cast<char*>(scratch);
+  const TiledScratch own = tiled_scratch(free, rows);
+  const index_t depth = tiled_depth_of(p.k), a_band = depth / DEPTH * STEP_BYTES;
+  const index_t times = bands_of(rows) * CALLS * depth / DEPTH;  // that lines are fetched
+  const Tiles tiles;
+  BandSums last{};
+  for (index_t k0 = 0; k0 < p.k; k0 += depth) {
+    const index_t n = min_index(depth, p.k - k0), after = min_index(depth, p.k - k0 - n);
+    if (p.row_sums && j0 == 0)
+      sum_rows<float>(p.a, i0, rows, k0, n, k0 == 0, static_cast<float*>(p.row_sums));
+    for (index_t i = 0; i < rows; i += BAND)
+      cut_band_of_a(p.a, i0 + i, rows - i, k0, n, own.copy, own.a + i / BAND * a_band);
+    NextBlocks next{};
+    if (after > 0)
+      next.a = block_stream<float>(p.a, i0, rows, k0 + n, after);
+    else if (next_rows < p.m)
+      next.a = block_stream<float>(p.a, next_rows, min_index(rows, p.m - next_rows), 0, depth);
+    next.a_burst = lines_of(next.a) / (times * bands_of(j1 - j0)) + 1;
+    for (index_t j = j0; j < j1; j += BAND) {
+      const index_t columns = min_index(BAND, j1 - j);
+      cut_band_of_b(p.b, k0, n, j, columns, own.copy, own.b);
+      if (j + BAND < j1)
+        next.b = block_stream<float>(p.b, k0, n, j + BAND, min_index(BAND, j1 - j - BAND));
+      else if (after > 0)
+        next.b = block_stream<float>(p.b, k0 + n, after, j0, min_index(BAND, j1 - j0));
+      next.b_burst = lines_of(next.b) / times + 1;
+      product_band(p, {j, columns, k0, n, k0 == 0, after == 0}, own.a, a_band, i0, rows, own, next,
+                   last);
+    }
+  }
+  while (last.row < last.rows) finish_next(p, last);
+}
+
+// Narrow and shallow products gain nothing. The number of rows must not matter.
+FA_INLINE bool on_tiles(const Product& p) {
+  return p.n >= BAND && p.k >= 2 * DEPTH;
+}
+
+FA_ENTRY size_t product_scratch_on_tiles(const Product& p, index_t rows) {
+  if (!on_tiles(p)) return product_scratch<float>(p, rows);
+  char* end = nullptr;
+  tiled_scratch(end, rows);
+  return size_t(end - static_cast<char*>(nullptr));
+}
+
+FA_ENTRY void product_on_tiles(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
+                               index_t next_rows, void* scratch) {
+  (on_tiles(p) ? product_tiled : product<float>)(p, i0, rows, j0, j1, next_rows, scratch);
+}
+
+}  // namespace
+}  // namespace fusedattn

@@ -1,0 +1,286 @@
+// Matrix products with what a layer does right before and after them.
+//
+// Cost model: a register tile of PRODUCT_ROWS x MAX_NJ vectors keeps the multiply-add units busy
+// (see tile.h). Its rows of A (6 x 256 elements) stay in L1, a packed panel of B (256 x 64)
+// streams from L2 at 256 bytes for 24 multiply-adds, so packing B serves a few hundred rows of A,
+// and everything done to a finished tile finds it in L1.
+//
+// An element of C is a chain of multiply-adds for each PRODUCT_DEPTH of k, k ascending, and the sum
+// of those chains, in order: its bits depend on its row of A, its column of B and k alone.
+#pragma once
+
+#include "kernel/layers/activations.h"
+#include "kernel/vector/fetch.h"
+#include "kernel/vector/move.h"
+#include "kernel/vector/scratch.h"
+#include "kernel/vector/tile.h"
+
+namespace fusedattn {
+namespace {
+
+template <class T> inline constexpr int PANEL = MAX_NJ * W<T>;
+inline constexpr int PRODUCT_ROWS = 6;
+inline constexpr index_t PRODUCT_DEPTH = 256;
+
+// How long the pieces are that k is cut into: as even as possible.
+FA_INLINE index_t depth_of(index_t k) {
+  const index_t pieces = max_index(1, (k + PRODUCT_DEPTH - 1) / PRODUCT_DEPTH);
+  return max_index(1, (k + pieces - 1) / pieces);
+}
+// Elements of a block of A, packed either way.
+template <class T> FA_INLINE index_t packed_size(index_t rows, index_t depth) {
+  const index_t tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+  return tiles * (PRODUCT_ROWS * (round_up<T>(depth) + W<T>)+16);
+}
+
+template <class T> FA_ENTRY size_t product_scratch(const Product& p, index_t rows) {
+  const index_t depth = depth_of(p.k);
+  return size_t(packed_size<T>(rows, depth) + depth * PANEL<T>) * sizeof(T) + 192;
+}
+
+// Elements from one tile of packed columns to the next; the last copy of a tile writes two too
+// many.
+FA_INLINE index_t column_tile(index_t depth) {
+  return depth * PRODUCT_ROWS + 16;
+}
+
+// dst[tile][p][r] = a[i0 + tile * PRODUCT_ROWS + r][k0 + p], where a's columns are contiguous. A
+// few rows of memory at a time: their distance is often a multiple of 4096 bytes.
+template <class T>
+FA_NOINLINE void pack_columns(const Matrix& a, index_t i0, index_t rows, index_t k0, index_t depth,
+                              T* dst) {
+  constexpr index_t R = PRODUCT_ROWS, COPIED = 8, AT_ONCE = 4;
+  const char* src = a.data + i0 * index_t(sizeof(T)) + k0 * a.col;
+  for (index_t p0 = 0; p0 < depth; p0 += AT_ONCE) {
+    const index_t n = min_index(AT_ONCE, depth - p0);
+    T* d = dst + p0 * R;
+    for (index_t i = 0; i < rows; i += R, d += column_tile(depth)) {
+      const char* s = src + p0 * a.col + i * index_t(sizeof(T));
+      if (i + COPIED <= rows) {
+        for (index_t p = 0; p < n; p++)
+          __builtin_memcpy(d + p * R, s + p * a.col, COPIED * sizeof(T));
+      } else {
+        for (index_t p = 0; p < n; p++)
+          for (index_t r = 0; r < R; r++)
+            d[p * R + r] = i + r < rows ? reinterpret_cast<const T*>(s + p * a.col)[r] : T(0);
+      }
+    }
+  }
+}
+
+// acc[i][j] = sum over p < n of a[i * a_row + p * a_col] * b[p][j * W + lane]: multiply_tile for a
+// panel that comes from L2 (fetching ahead is worth 3 %).
+template <class T, int NI, int NJ>
+FA_INLINE void multiply_panel(Vec<T> (&acc)[NI][NJ], const T* a, index_t a_row, index_t a_col,
+                              const T* b, index_t n) {
+  constexpr index_t AHEAD = 2 * PANEL<T>;
+  const auto step = [&](const T* ap, const T* bp) FA_LAMBDA {
+    Vec<T> bv[NJ];
+    FA_UNROLL
+    for (int j = 0; j < NJ; j++) {
+      prefetch_near(bp + AHEAD + j * W<T>);
+      bv[j] = load(bp + j * W<T>);
+      keep_in_register(bv[j]);
+    }
+    FA_UNROLL
+    for (int i = 0; i < NI; i++) {
+      const Vec<T> av = splat(ap[i * a_row]);
+      FA_UNROLL
+      for (int j = 0; j < NJ; j++) acc[i][j] = fma<T>(av, bv[j], acc[i][j]);
+    }
+  };
+  index_t p = 0;
+#pragma GCC unroll 1
+  for (; p + 2 <= n; p += 2) {
+    step(a, b);
+    step(a + a_col, b + NJ * W<T>);
+    a += 2 * a_col;
+    b += 2 * NJ * W<T>;
+  }
+  if (p < n) step(a, b);
+}
+
+// sums[i] += sum over p < depth of a[i0 + i][k0 + p], where a's columns are contiguous. Four
+// vectors at once hide each other's latency.
+template <class T>
+FA_NOINLINE void sum_rows(const Matrix& a, index_t i0, index_t rows, index_t k0, index_t depth,
+                          bool first, T* sums) {
+  const char* src = a.data + i0 * index_t(sizeof(T)) + k0 * a.col;
+  for (index_t i = 0; i < rows; i += 4 * W<T>) {
+    const index_t n = min_index(4 * W<T>, rows - i);
+    Vec<T> sum[4] = {};
+    const auto each = [&](auto&& f) FA_LAMBDA {
+      FA_UNROLL
+      for (int v = 0; v < 4; v++) f(sum[v], i + v * W<T>, int(n - v * W<T>));
+    };
+    for (index_t p = 0; p < depth; p++) {
+      const T* row = reinterpret_cast<const T*>(src + p * a.col);
+      if (n == 4 * W<T>)
+        each([&](Vec<T>& s, index_t at, int) { s += load(row + at); });
+      else
+        each([&](Vec<T>& s, index_t at, int lanes) {
+          if (lanes > 0) s += load_n(row + at, int(min_index(lanes, W<T>)));
+        });
+    }
+    each([&](Vec<T>& s, index_t at, int lanes) {
+      if (lanes <= 0) return;
+      const int own = int(min_index(lanes, W<T>));
+      if (!first) s += load_lanes(sums + i0 + at, own);
+      store_lanes(sums + i0 + at, s, own);
+    });
+  }
+}
+
+// What becomes of the sums of one tile, n columns wide, in columns from j.
+template <class T, int NI, int NJ>
+FA_INLINE void write_tile(const Product& p, Vec<T> (&acc)[NI][NJ], index_t i, index_t rows,
+                          index_t j, int last, bool first, bool done) {
+  const T* bias = first ? reinterpret_cast<const T*>(p.bias) : nullptr;
+  T* c = reinterpret_cast<T*>(p.c.data + i * p.c.row) + j;
+  const index_t c_row = p.c.row / index_t(sizeof(T));
+  const T* before = nullptr;
+  index_t before_row = c_row;
+  if (!first) {
+    before = c;
+  } else if (p.added.data) {
+    before = reinterpret_cast<const T*>(p.added.data + i * p.added.row) + j;
+    before_row = p.added.row / index_t(sizeof(T));
+  }
+  FA_UNROLL
+  for (int v = 0; v < NJ; v++) {
+    const int lanes = v == NJ - 1 ? last : W<T>;
+    Vec<T> b{};
+    if (bias) b = lanes == W<T> ? load(bias + j + v * W<T>) : load_n(bias + j + v * W<T>, lanes);
+    FA_UNROLL
+    for (int r = 0; r < NI; r++) {
+      if (r >= rows) break;
+      Vec<T> x = acc[r][v];
+      if (bias) x += b;
+      const T* y = before + r * before_row + v * W<T>;
+      if (lanes == W<T>) {
+        if (before) x += load(y);
+        store(c + r * c_row + v * W<T>, x);
+      } else {
+        if (before) x += load_n(y, lanes);
+        store_n(c + r * c_row + v * W<T>, x, lanes);
+      }
+    }
+  }
+  if (done && p.then != Then::nothing)
+    finish_tile<T>(p, i, min_index(rows, NI), j, (NJ - 1) * W<T> + last);
+}
+
+// The lines of A and B that are packed next, fetched into L2 while tiles are computed: `burst`
+// lines of each a tile.
+struct NextBlocks {
+  Stream a, b;
+  index_t a_burst, b_burst;
+};
+
+// The block of a matrix that begins at (row, col), whichever of its directions is contiguous.
+template <class T>
+FA_INLINE Stream block_stream(const Matrix& m, index_t row, index_t rows, index_t col,
+                              index_t cols) {
+  if (m.col == index_t(sizeof(T)))
+    return stream_of({m.data + col * m.col, m.row, m.col}, row, row + rows, cols * m.col);
+  return stream_of({m.data + row * m.row, m.col, m.row}, col, col + cols, rows * m.row);
+}
+FA_INLINE index_t lines_of(const Stream& s) {
+  return s.rows * ((s.line_end + 63) / 64);
+}
+
+// One panel of B, all rows of A.
+template <class T, int NJ, bool A_ROW1>
+FA_NOINLINE void product_panel(const Product& p, const T* a, index_t a_ld, const T* b,
+                               index_t depth, index_t i0, index_t rows, index_t j, int last,
+                               bool first, bool done, NextBlocks& next) {
+  constexpr int NI = PRODUCT_ROWS;
+  for (index_t i = 0; i < rows; i += NI) {
+    for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
+    for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
+    for (int r = 0; r < NI && i + r < rows; r++) {
+      for (int v = 0; v < NJ; v++) {
+        const index_t at = (j + v * W<T>)*index_t(sizeof(T));
+        __builtin_prefetch(p.c.data + (i0 + i + r) * p.c.row + at, 1, 3);
+        if (first && p.added.data) prefetch_near(p.added.data + (i0 + i + r) * p.added.row + at);
+        if (done && p.slope.data) prefetch_near(p.slope.data + (i0 + i + r) * p.slope.row + at);
+      }
+    }
+    Vec<T> acc[NI][NJ] = {};
+    if (A_ROW1)
+      multiply_panel<T, NI, NJ>(acc, a + i / NI * column_tile(depth), 1, NI, b, depth);
+    else
+      multiply_panel<T, NI, NJ>(acc, a + i * a_ld, a_ld, 1, b, depth);
+    write_tile<T, NI, NJ>(p, acc, i0 + i, rows - i, j, last, first, done);
+  }
+}
+
+template <class T, bool A_ROW1>
+FA_INLINE void product_block(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
+                             index_t next_rows, T* a, T* b) {
+  const index_t depth = depth_of(p.k), a_ld = round_up<T>(depth) + W<T>;
+  for (index_t k0 = 0; k0 < max_index(1, p.k); k0 += depth) {
+    const index_t n = min_index(depth, p.k - k0);
+    const bool first = k0 == 0, done = k0 + depth >= p.k;
+    if (A_ROW1) {
+      pack_columns<T>(p.a, i0, rows, k0, n, a);
+      if (p.row_sums && j0 == 0)
+        sum_rows<T>(p.a, i0, rows, k0, n, first, static_cast<T*>(p.row_sums));
+    } else {
+      const Matrix from{p.a.data + k0 * p.a.col, p.a.row, p.a.col};
+      copy_rows<T>(from, i0, rows, n, T(1), a, a_ld);
+    }
+    NextBlocks next{};
+    const index_t tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+    const index_t panels = (j1 - j0 + PANEL<T> - 1) / PANEL<T>;
+    if (!done)
+      next.a = block_stream<T>(p.a, i0, rows, k0 + n, min_index(depth, p.k - k0 - n));
+    else if (next_rows < p.m)
+      next.a = block_stream<T>(p.a, next_rows, min_index(rows, p.m - next_rows), 0, depth);
+    next.a_burst = lines_of(next.a) / (tiles * panels) + 1;
+    for (index_t j = j0; j < j1; j += PANEL<T>) {
+      if (j + PANEL<T> < j1)
+        next.b = block_stream<T>(p.b, k0, n, j + PANEL<T>, min_index(PANEL<T>, j1 - j - PANEL<T>));
+      else if (!done)
+        next.b = block_stream<T>(p.b, k0 + n, min_index(depth, p.k - k0 - n), j0,
+                                 min_index(PANEL<T>, j1 - j0));
+      next.b_burst = lines_of(next.b) / tiles + 1;
+      const index_t columns = min_index(PANEL<T>, j1 - j);
+      const int nj = int((columns + W<T> - 1) / W<T>), last = int(columns - (nj - 1) * W<T>);
+      if (p.b.col == index_t(sizeof(T))) {
+        const Matrix from{p.b.data + j * p.b.col, p.b.row, p.b.col};
+        copy_rows<T>(from, k0, n, columns, T(1), b, nj * W<T>);
+      } else {  // b's columns are contiguous: it is a transposed array
+        const Matrix from{p.b.data + k0 * p.b.row, p.b.col, p.b.row};
+        pack_transposed<T>(from, j, columns, n, T(1), b, nj * W<T>);
+      }
+      const auto panel = [&](auto panel_of) FA_LAMBDA {
+        panel_of(p, a, a_ld, b, n, i0, rows, j, last, first, done, next);
+      };
+      if (nj == 1) panel(product_panel<T, 1, A_ROW1>);
+      if (nj == 2) panel(product_panel<T, 2, A_ROW1>);
+      if constexpr (MAX_NJ >= 4) {
+        if (nj == 3) panel(product_panel<T, 3, A_ROW1>);
+        if (nj == 4) panel(product_panel<T, 4, A_ROW1>);
+      }
+    }
+  }
+}
+
+// Rows [i0, i0 + rows) and columns [j0, j1) of C. next_rows: where the rows begin that this thread
+// is likely to compute next; p.m: nowhere.
+template <class T>
+FA_ENTRY void product(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
+                      index_t next_rows, void* scratch) {
+  char* free = static_cast<char*>(scratch);
+  const index_t depth = depth_of(p.k);
+  T* a = carve<T>(free, packed_size<T>(rows, depth));
+  T* b = carve<T>(free, depth * PANEL<T>);
+  if (p.a.row == index_t(sizeof(T)) && (p.row_sums || p.a.col != index_t(sizeof(T))))
+    product_block<T, true>(p, i0, rows, j0, j1, next_rows, a, b);
+  else
+    product_block<T, false>(p, i0, rows, j0, j1, next_rows, a, b);
+}
+
+}  // namespace
+}  // namespace fusedattn

@@ -1,0 +1,128 @@
+// What rules do to logits: the factors that bring them to log2 units, and what is added to them.
+// With keys in the lanes (backward, the few queries of decoding) the part that is added is made
+// here; with queries in the lanes (forward) by attention/dense_queries.h.
+#pragma once
+
+#include "kernel/rules/intervals.h"
+#include "kernel/vector/exp.h"
+#include "kernel/vector/move.h"
+
+namespace fusedattn {
+namespace {
+
+// Is there something to add to the logits, or to be told pair by pair?
+FA_INLINE bool has_dense(const Rules& rules, bool use_mask) {
+  return use_mask || rules.bias.data || rules.alibi_slope != 0 || rules.segments.q_number;
+}
+// The dense part is the same for every query (a padding mask, a bias over keys).
+FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
+  return (!rules.bias.data || rules.bias.row == 0) && (!use_mask || rules.mask.row == 0) &&
+         rules.alibi_slope == 0 && !rules.segments.q_number;
+}
+
+// Logits come out in log2 units, or ready for tanh: queries are multiplied by `before` on their way
+// in and the products by `after`, which is 1 unless the scale is so far from 1 that queries times
+// it might leave the numbers' range although the logits do not. Then `before` is a power of two
+// half way from 1 to the scale. No operand whose logit is a number is taken out of range by it, and
+// neither are keys that are multiplied by it too.
+struct Factors {
+  double before, after;
+};
+FA_INLINE double half_way(double size, int64_t most) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &size, sizeof(bits));
+  const int64_t half = (int64_t(bits >> 52) - 1023) / 2;
+  bits = uint64_t(1023 + max_index(min_index(half, most), -most)) << 52;
+  __builtin_memcpy(&size, &bits, sizeof(bits));
+  return size;
+}
+template <class T> FA_INLINE Factors logit_factors(double scale, const Rules& rules) {
+  const bool bent = rules.softcap > 0;
+  const double whole = bent ? scale / rules.softcap : scale, unit = bent ? 1 : LOG2E,
+               size = whole < 0 ? -whole : whole, usual = sizeof(T) == 4 ? 0x1p20 : 0x1p400;
+  if (size == 0 || (size <= usual && size >= 1 / usual)) return {whole * unit, 1};
+  const double before = half_way(size, sizeof(T) == 4 ? 62 : 510);
+  return {before, whole / before * unit};
+}
+
+// The dense part of a tile: what is added to its logits, times log2(e), where that is not the same
+// for all of them. ALiBi and bias; -inf where mask, segments or an interval forbid or the bias is
+// -inf. A bias so low that its product would be -inf stays finite: where all of a row is that low,
+// no key is masked.
+//
+// Backward and the few queries of decoding have keys in their lanes (dense_row), forward queries
+// (dense_tile): there a bias is transposed in registers, 4 shuffles for each vector of it, and a
+// mask four keys at a time, since the bytes of four keys are moved like one number.
+
+template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
+  const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
+  return bias == splat(-Bits<T>::infinity) ? bias : max_or_second<T>(splat(Bits<T>::lowest), sum);
+}
+// Is none of them -inf, nor its product with log2(e)?
+template <class T> FA_INLINE bool are_finite_biases(const Vec<T> (&bias)[W<T>]) {
+  constexpr int chains = W<T> < 4 ? 1 : 4;
+  Vec<T> least[chains] = {};
+  FA_UNROLL
+  for (int i = 0; i < W<T>; i++) least[i % chains] = min_or_second<T>(bias[i], least[i % chains]);
+  for (int i = 1; i < chains; i++) least[0] = min_or_second<T>(least[i], least[0]);
+  return !any_lane<T>(least[0] < splat(Bits<T>::lowest / 4));
+}
+template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> position) {
+  const Vec<T> ahead = key - position;
+  return slope * (ahead < Vec<T>{} ? -ahead : ahead);
+}
+
+// W elements of a row of the bias, n of which exist. FETCH: also those of the keys that come next:
+// rows of a matrix in DRAM are too short for the hardware to see it coming. Of the first block,
+// also what lies `then` bytes further: the next sub-block's.
+template <class E, bool FETCH = true, class T = Compute<E>>
+FA_INLINE Vec<T> load_bias(const char* p, index_t col, bool native, index_t n, index_t then = 0) {
+  if (!native || n < W<T>) return gather_as<E>(p, col, int(min_index(n, W<T>)));
+  if (FETCH) prefetch_far(p + DENSE_AHEAD * col);
+  if (FETCH && then) prefetch_far(p + then);
+  return load_as<E>(p);
+}
+template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {
+  return is_native<E>({bias.data, 0, bias.col}) && bias.row % index_t(sizeof(E)) == 0;
+}
+
+// Rows of queries [begin, end) for keys [k0, k0 + n), `ld` elements apart, written up to a multiple
+// of W; -inf from n on. `ragged`: a query may see a part of the keys only.
+template <class E, class T = Compute<E>>
+FA_NOINLINE void dense_rows(const Rules& rules, bool use_mask, bool ragged, index_t begin,
+                            index_t end, index_t k0, index_t n, T* rows, index_t ld) {
+  const Matrix &bias = rules.bias, &mask = rules.mask;
+  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const int32_t* segment = rules.segments.q_number ? rules.segments.k_number + k0 : nullptr;
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
+  index_t low = 0, high = n;
+  for (index_t q = begin; q < end; q++, rows += ld) {
+    const char* b = bias.data ? bias.data + q * bias.row + k0 * bias.col : nullptr;
+    const char* m = use_mask ? mask.data + q * mask.row + k0 * mask.col : nullptr;
+    if (ragged) {
+      const Interval keys = visible_keys(rules, q);
+      low = max_index(min_index(keys.low - k0, n), 0);
+      high = max_index(min_index(keys.high - k0, n), 0);
+    }
+    for (index_t k = 0; k < n; k += W<T>) {
+      const Vec<T> key = splat(T(k)) + lane_numbers<T>();
+      Vec<T> x{};
+      if (slanted) x = alibi<T>(slope, key, splat(T(q + rules.q_offset - k0)));
+      if (b) x = add_bias<T>(load_bias<E>(b + k * bias.col, bias.col, native, n - k), x);
+      if (m) x = load_integers<T, uint8_t>(m + k * mask.col, mask.col, n - k) == 0 ? minus_inf : x;
+      if (segment) {
+        const char* at = reinterpret_cast<const char*>(segment + k);
+        const IntVec<T> own = IntVec<T>{} + rules.segments.q_number[q];
+        x = load_integers<T, int32_t>(at, sizeof(int32_t), n - k) == own ? x : minus_inf;
+      }
+      if (k < low || k + W<T> > high) {
+        x = key >= splat(T(low)) ? x : minus_inf;
+        x = key < splat(T(high)) ? x : minus_inf;
+      }
+      store(rows + k, x);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedattn
