@@ -186,6 +186,60 @@ def public(node):
     return [n for n in node.body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
+# Which room of csrc may include from which. Of the kernel, only its plain structs are for everyone.
+ROOMS = {
+    "bindings": {"attention", "layers", "threads", "isa", "kernel"},
+    "attention": {"threads", "isa", "kernel"},
+    "layers": {"threads", "isa", "kernel"},
+    "threads": {"kernel"},
+    "isa": {"kernel"},
+    "kernel": set(),
+}
+STRUCTS = {"kernel/task.h", "kernel/layer_task.h"}
+CSRC = ROOT / "csrc"
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".inl"))
+
+
+def included(path, brackets='""'):
+    """What a C++ source includes in quotes, or in angle brackets."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(
+        rf"^\s*#include {brackets[0]}([^{brackets[1]}]+){brackets[1]}", text, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_cpp_includes_point_downwards(path):
+    """Includes name their room; the rooms above the kernel know its structs alone."""
+    room = path.relative_to(CSRC).parts[0]
+    assert room in ROOMS, f"{room} is new: say in ROOMS whom it may know"
+    for name in included(path):
+        target = name.partition("/")[0]
+        assert (CSRC / name).is_file(), f"{path.name} includes {name}"
+        assert target in ROOMS[room] | {room}, f"{path.name} includes {name}"
+        is_set = room == "isa" and path.stem != "dispatch"
+        assert target != "kernel" or room == "kernel" or is_set or name in STRUCTS, name
+
+
+def test_pybind11_lives_in_bindings_alone():
+    users = {
+        p.relative_to(CSRC).parts[0]
+        for p in SOURCES
+        for name in included(p, "<>")
+        if name.startswith("pybind11") or name == "Python.h"
+    }
+    assert users == {"bindings"}
+
+
+def test_files_of_the_upper_rooms_say_what_they_do():
+    """A source explains itself in its first line, or its header does."""
+    for path in (p for p in SOURCES if p.relative_to(CSRC).parts[0] not in ("kernel", "isa")):
+        starts = [
+            p.read_text(encoding="utf-8")[:3] for p in (path, path.with_suffix(".h")) if p.is_file()
+        ]
+        assert "// " in starts, path
+
+
 X86 = dict.fromkeys(("x86_64", "AMD64"), ("baseline", "avx2", "avx512", "avx512bf16", "amx"))
 ARM = {"aarch64": ("baseline", "neon"), "arm64": ("baseline", "neon")}
 
@@ -225,6 +279,12 @@ def test_instruction_sets_share_no_code(tmp_path):
     isas = (X86 | ARM).get(platform.machine(), ("baseline",))[1:]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         assert dict(zip(isas, pool.map(weak, isas), strict=True)) == {isa: [] for isa in isas}
+
+
+def test_dispatch_lists_what_was_built():
+    assert _core.cpu_info()["isas_built"] == list(
+        (X86 | ARM).get(platform.machine(), ("baseline",))
+    )
 
 
 @needs_compiler

@@ -10,8 +10,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention.h"
-#include "dispatch.h"
+#include "attention/call.h"
+#include "isa/dispatch.h"
 
 using namespace fusedattn;
 

@@ -1,4 +1,5 @@
-// How many threads a call uses by default.
+#include "threads/thread_count.h"
+
 #include <sched.h>
 
 #include <algorithm>
@@ -7,8 +8,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-
-#include "parallel.h"
 
 #ifdef FUSEDATTN_HAVE_OPENMP
 #include <omp.h>

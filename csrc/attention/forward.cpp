@@ -1,67 +1,14 @@
-// The rules of a head, and the work division of forward: a task is a range of queries of one head,
-// which changes no bit of the result.
-#include "attention.h"
-
+// Work division of forward: a task is a range of queries of one head, or the few queries of all the
+// heads that share keys. Neither changes a single bit of the result.
 #include <algorithm>
-#include <chrono>
-#include <limits>
-#include <memory>
-#include <unordered_map>
+#include <vector>
 
-#include "division.h"
+#include "attention/call.h"
+#include "attention/tasks.h"
+#include "isa/dispatch.h"
+#include "threads/pool.h"
 
 namespace fusedattn {
-
-Rules Call::rules(index_t b, index_t h) const {
-  const std::size_t i = std::size_t(b), head = std::size_t(h);
-  Rules r{};
-  r.q_offset = q_offset[i];
-  r.left = left;
-  r.right = right;
-  r.q_length = q_length[i];
-  r.kv_length = kv_length[i];
-  if (!segments.empty()) r.segments = segments[i].view();
-  r.mask = mask.at(b, h);
-  r.bias = bias.at(b, h);
-  r.softcap = softcap;
-  r.alibi_slope = alibi_slopes.empty() ? 0.0 : alibi_slopes[i * std::size_t(heads) + head];
-  r.sink = sinks.empty() ? -std::numeric_limits<double>::infinity() : sinks[head];
-  r.dropout = dropout;
-  r.dropout.batch = std::uint32_t(b);
-  r.dropout.head = std::uint32_t(h);
-  return r;
-}
-
-SegmentTable::SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_ids, index_t sk) {
-  struct Run {
-    Interval keys;
-    index_t count;
-    std::int32_t number;
-  };
-  std::unordered_map<index_t, Run> runs;
-  Run* last = nullptr;
-  bool scattered = false;
-  for (index_t j = 0; j < sk; j++) {
-    if (j == 0 || k_ids[j] != k_ids[j - 1])
-      last = &runs.try_emplace(k_ids[j], Run{{j, j}, 0, std::int32_t(runs.size())}).first->second;
-    last->keys.high = j + 1;
-    last->count++;
-  }
-  for (const auto& [id, run] : runs) scattered |= run.count != run.keys.high - run.keys.low;
-  keys.reserve(std::size_t(sq));
-  const Run nowhere{{0, 0}, 0, -1};
-  const Run* own = &nowhere;
-  for (index_t i = 0; i < sq; i++) {
-    if (i == 0 || q_ids[i] != q_ids[i - 1]) {
-      const auto found = runs.find(q_ids[i]);
-      own = found == runs.end() ? &nowhere : &found->second;
-    }
-    keys.push_back(own->keys);
-    if (scattered) q_number.push_back(own->number);
-  }
-  if (scattered)
-    for (index_t j = 0; j < sk; j++) k_number.push_back(runs.at(k_ids[j]).number);
-}
 
 namespace {
 bool are_equal(const std::vector<index_t>& v) {
@@ -152,39 +99,6 @@ bool attention_forward(const Call& c, Loop& loop) {
     kernels.forward(head, begin, end, next,
                     thread_scratch(kernels.forward_scratch(head, end - begin)));
   });
-}
-
-double measure_peak(DType dtype, int threads) {
-  const Kernels& kernels = kernels_in(best_table(), dtype);
-  double best = 0;
-  for (int i = 0; i < 5; i++) {
-    Loop loop{};
-    std::vector<double> flops(std::size_t(threads), 0.0);
-    const auto start = std::chrono::steady_clock::now();
-    parallel_for(threads, threads, loop,
-                 [&](index_t t) { flops[std::size_t(t)] = kernels.multiply_adds(2000000); });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    double sum = 0;
-    for (const double f : flops) sum += f;
-    best = std::max(best, sum / seconds.count());
-  }
-  return best;
-}
-
-double measure_bandwidth(int threads) {
-  constexpr std::size_t piece = 1 << 20, pieces = 256;
-  const auto data = std::make_unique<char[]>(piece * pieces);
-  double best = 0;
-  for (int i = 0; i < 5; i++) {
-    Loop loop{};
-    const auto start = std::chrono::steady_clock::now();
-    parallel_for(index_t(pieces), threads, loop, [&](index_t t) {
-      kernel_table().read(data.get() + std::size_t(t) * piece, piece);
-    });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::max(best, double(piece * pieces) / seconds.count());
-  }
-  return best;
 }
 
 }  // namespace fusedattn

@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "isa/dispatch.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -17,22 +17,22 @@ extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512b
 namespace {
 
 #if defined(__x86_64__)
-bool runs_avx2() {
+[[maybe_unused]] bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+[[maybe_unused]] bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
-bool runs_avx512bf16() {
-  return __builtin_cpu_supports("avx512bf16");
+[[maybe_unused]] bool runs_avx512bf16() {
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 // Linux lets a process use the tiles once it has asked to.
-bool runs_amx() {
+[[maybe_unused]] bool runs_amx() {
 #if defined(__linux__)
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  static const bool allowed = __builtin_cpu_supports("amx-tile") &&
+  static const bool allowed = runs_avx512() && __builtin_cpu_supports("amx-tile") &&
                               __builtin_cpu_supports("amx-bf16") &&
                               syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
   return allowed;
@@ -48,18 +48,27 @@ struct Isa {
   bool (*pays_here)() = [] { return true; };
 };
 
-// Worst first. Adding an instruction set is one file isa/NAME.cpp and one line here.
+// Worst first; FUSEDATTN_HAVE_NAME is what CMakeLists.txt built. Adding an instruction set is one
+// file isa/NAME.cpp, one line there and one here.
 const Isa isas[] = {
+#if defined(FUSEDATTN_HAVE_BASELINE)
     {&table_baseline, [] { return true; }},
-#if defined(__x86_64__)
-    {&table_avx2, [] { return runs_avx2(); }},
-    {&table_avx512, [] { return runs_avx2() && runs_avx512(); }},
+#endif
+#if defined(FUSEDATTN_HAVE_AVX2)
+    {&table_avx2, runs_avx2},
+#endif
+#if defined(FUSEDATTN_HAVE_AVX512)
+    {&table_avx512, runs_avx512},
+#endif
+#if defined(FUSEDATTN_HAVE_AVX512BF16)
     // vdpbf16ps is slow on Intel's CPUs: on a Granite Rapids forward ran at 0.57 of the speed that
     // widening to float32 has.
-    {&table_avx512bf16, [] { return runs_avx2() && runs_avx512() && runs_avx512bf16(); },
-     [] { return !__builtin_cpu_is("intel"); }},
-    {&table_amx, [] { return runs_avx2() && runs_avx512() && runs_amx(); }},
-#elif defined(__aarch64__)
+    {&table_avx512bf16, runs_avx512bf16, [] { return !__builtin_cpu_is("intel"); }},
+#endif
+#if defined(FUSEDATTN_HAVE_AMX)
+    {&table_amx, runs_amx},
+#endif
+#if defined(FUSEDATTN_HAVE_NEON)
     {&table_neon, [] { return true; }},
 #endif
 };
@@ -110,6 +119,11 @@ bool isa_is_forced() {
 
 const KernelTable& best_table() {
   return *find("", "");
+}
+
+const Kernels& kernels_in(const KernelTable& table, DType dtype) {
+  const Kernels* own = table.kernels[int(dtype)];
+  return own ? *own : *table.base->kernels[int(dtype)];
 }
 
 std::vector<std::string> built_isas() {

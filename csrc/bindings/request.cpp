@@ -1,4 +1,11 @@
-#include "request.h"
+#include "bindings/request.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "bindings/numbers.h"
 
 namespace fusedattn {
 
@@ -6,7 +13,7 @@ namespace {
 
 void same_dtype(const char* name, const py::array& a, const Request& r) {
   if (dtype_of(name, a) != r.call.dtype)
-    wrong_type(name, "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
+    wrong_type(name, "the dtype of q, " + text_of(r.dtype), dtype_name(a));
 }
 
 // Axis lengths; a missing head axis is one head.
@@ -85,7 +92,7 @@ std::vector<index_t> lengths_of(const char* name, const py::object& object, cons
 void take_dropout(Call& c, const RuleArguments& rules) {
   const double p = finite_number("dropout_p", rules.dropout_p);
   if (p < 0 || p > 1)
-    wrong_value("dropout_p", "a probability from 0 to 1", py::str(rules.dropout_p));
+    wrong_value("dropout_p", "a probability from 0 to 1", text_of(rules.dropout_p));
   const double parts = std::round(p * 0x1p16);  // 16 bits are drawn
   if (parts == 0) return;
   c.dropout.threshold = std::uint32_t(std::min(parts, 0x1p16 - 1)) << 16;
@@ -139,7 +146,7 @@ void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) 
   c.scale =
       rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
   c.softcap = finite_number("softcap", rules.softcap);
-  if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", py::str(rules.softcap));
+  if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", text_of(rules.softcap));
   if (c.softcap > 0x1p100) c.softcap = 0;  // bends nothing, but logits divided by it are lost
   window_of(rules.window, c);
   if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);

@@ -1,19 +1,19 @@
 // What forward and backward share in dividing work: which kernels, how many threads, which task.
+//
+// Decides nothing that a result depends on. Only forward.cpp and backward.cpp include this.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
-#include "attention.h"
-#include "dispatch.h"
+#include "attention/call.h"
+#include "isa/dispatch.h"
+#include "threads/pool.h"
 
 namespace fusedattn {
 
-inline const Kernels& kernels_in(const KernelTable& table, DType dtype) {
-  const Kernels* own = table.kernels[int(dtype)];
-  return own ? *own : *table.base->kernels[int(dtype)];
-}
 // May a factor be applied to an operand without a thought for the range of float32?
 inline bool is_ordinary(double factor) {
   const double size = std::fabs(factor);

@@ -1,9 +1,14 @@
-// The module's table of contents. Every binding is the same four beats: convert, allocate, release
-// the GIL, call.
-#include "request.h"
+#include "bindings/attention.h"
 
-#include "bindings_layers.h"
-#include "dispatch.h"
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "attention/call.h"
+#include "bindings/request.h"
+#include "bindings/without_gil.h"
+#include "isa/dispatch.h"
 
 namespace fusedattn {
 namespace {
@@ -24,7 +29,7 @@ py::array take_out(const Request& r, py::handle out) {
   if (!py::isinstance<py::array>(out)) wrong_type("out", "a NumPy array", type_name(out));
   auto a = py::reinterpret_borrow<py::array>(out);
   if (!a.dtype().is(r.dtype) && !a.dtype().equal(r.dtype))
-    wrong_type("out", "the dtype of q, " + py::str(r.dtype).cast<std::string>(), dtype_name(a));
+    wrong_type("out", "the dtype of q, " + text_of(r.dtype), dtype_name(a));
   if (shape_of(a) != r.out_shape)
     wrong_value("out", "shape " + text_of(r.out_shape), text_of(shape_of(a)));
   if (!a.writeable()) wrong_value("out", "a writeable array", "a read-only one");
@@ -57,7 +62,7 @@ py::object forward(Request& r, py::handle out, bool return_lse) {
 py::array input_like(const char* name, py::handle object, const py::dtype& dtype,
                      const Shape& shape) {
   py::array a = array_of(name, object);
-  if (!a.dtype().equal(dtype)) wrong_type(name, py::str(dtype).cast<std::string>(), dtype_name(a));
+  if (!a.dtype().equal(dtype)) wrong_type(name, text_of(dtype), dtype_name(a));
   if (shape_of(a) != shape) wrong_value(name, "shape " + text_of(shape), text_of(shape_of(a)));
   return a;
 }
@@ -127,8 +132,8 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   if (need.bias) {
     if (rules.bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
     const py::array b = array_of("bias", rules.bias);
-    py::array g = py::module_::import("numpy").attr("zeros")(
-        py::cast(shape_of(b)), r.lse_dtype);  // summed in the compute type
+    py::array g = allocate("dbias", r.lse_dtype, shape_of(b));  // summed in the compute type
+    std::memset(g.mutable_data(), 0, std::size_t(g.nbytes()));
     c.dbias = broadcast_tensor("bias", g, r.scores);
     dbias = g;
   }
@@ -146,30 +151,9 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   return py::make_tuple(dq, dk, dv, dbias, dsinks);
 }
 
-py::dict cpu_info() {
-  py::dict d;
-  d["isa"] = kernel_table().name;
-  d["isas"] = supported_isas();
-  d["isas_built"] = built_isas();
-  d["num_threads"] = get_num_threads();
-  d["parallel"] = parallel_backend();
-#if defined(__clang__)
-  d["compiler"] = "clang " __clang_version__;
-#elif defined(__GNUC__)
-  d["compiler"] = "gcc " __VERSION__;
-#endif
-  d["build_type"] = FUSEDATTN_BUILD_TYPE;
-  return d;
-}
-
 }  // namespace
-}  // namespace fusedattn
 
-PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
-  using namespace fusedattn;
-  m.doc() = "The C++ core of fusedattn; the public functions are in the package.";
-  m.attr("__version__") = FUSEDATTN_VERSION;
-
+void bind_attention(py::module_& m) {
   using H = py::handle;
   m.def("attention",
         [](H q, H k, H v, const py::tuple& rules, H layout, H out, H num_threads, bool return_lse) {
@@ -200,21 +184,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
           Request r = packed(q, k, v, cu_q, cu_k, arguments, num_threads);
           return backward(r, dout, out, lse, dlse, Needs(need), arguments, into);
         });
-
-  m.def("get_num_threads", &get_num_threads);
-  m.def("set_num_threads", [](H n) { set_num_threads(n.is_none() ? 0 : threads_of(n)); });
-  m.def("cpu_info", &fusedattn::cpu_info);
-  m.def("set_isa", &set_isa);
-  m.def("measure_peak", [](const std::string& dtype, int threads) {
-    const char* names[] = {"float32", "float64", "float16", "bfloat16"};  // by DType
-    const auto at = std::find(std::begin(names), std::end(names), dtype);
-    if (at == std::end(names)) throw py::value_error("dtype: expected a float type, got " + dtype);
-    const py::gil_scoped_release release;
-    return measure_peak(DType(at - std::begin(names)), threads);
-  });
-  m.def("measure_bandwidth", [](int threads) {
-    const py::gil_scoped_release release;
-    return measure_bandwidth(threads);
-  });
-  bind_layers(m);
 }
+
+}  // namespace fusedattn

@@ -1,4 +1,7 @@
 // One pool for attention and for NumPy's matrix products.
+//
+// Takes over no OpenBLAS that somebody else already serves, nor any where
+// FUSEDATTN_SHARE_BLAS_THREADS=0 says so. The pool calls it once, before its first parallel loop.
 #pragma once
 
 namespace fusedattn {

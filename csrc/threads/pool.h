@@ -1,4 +1,8 @@
-// The one parallel loop, and how many threads it uses.
+// The one parallel loop, and memory for the threads that run it.
+//
+// Knows nothing of what its tasks do and never takes the GIL, but for asking whether to go on.
+// Everything that runs on several threads goes through here: attention, layers, and OpenBLAS's jobs
+// where those are shared.
 #pragma once
 
 #include <chrono>
@@ -43,11 +47,6 @@ void wait_for_turn(int* turn, int ordinal, const void* loop);
 // std::bad_alloc.
 void* thread_scratch(std::size_t bytes);
 
-// The default number of threads: set_num_threads, else FUSEDATTN_NUM_THREADS, else OpenMP's
-// (OMP_NUM_THREADS), else the CPUs this process may run on. A limit set on OpenMP later
-// (threadpoolctl) lowers all of them.
-int get_num_threads();
-void set_num_threads(int n);  // 0: back to the default
-const char* parallel_backend();
+const char* parallel_backend();  // "pool" or "openmp": what the loop stands on
 
 }  // namespace fusedattn

@@ -4,8 +4,12 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
-#include "division.h"
+#include "attention/call.h"
+#include "attention/tasks.h"
+#include "isa/dispatch.h"
+#include "threads/pool.h"
 
 namespace fusedattn {
 namespace {

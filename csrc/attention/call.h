@@ -1,11 +1,15 @@
-// Attention on whole tensors: what the bindings hand over, and the division of the work over
-// threads.
+// One call of attention on whole tensors: what the bindings hand over, and what runs it.
+//
+// A Call is taken at its word: shapes fit, lengths are in range and memory is there, since the
+// bindings have checked every argument by name; nothing here knows of Python. Called with the GIL
+// released; the memory that a Call points to belongs to the caller.
 #pragma once
 
 #include <vector>
 
+#include "attention/segments.h"
 #include "kernel/task.h"
-#include "parallel.h"
+#include "threads/pool.h"
 
 namespace fusedattn {
 
@@ -18,17 +22,6 @@ struct Tensor {
   Matrix at(index_t b, index_t h) const {
     if (!data) return {nullptr, 0, 0};
     return {data + batch[std::size_t(b)] + h * head, row, col};
-  }
-};
-
-// Segment numbers of one sample, and what follows from them (see Segments).
-struct SegmentTable {
-  std::vector<Interval> keys;
-  std::vector<std::int32_t> q_number, k_number;  // empty: the intervals tell all
-
-  SegmentTable(const index_t* q_ids, index_t sq, const index_t* k_ids, index_t sk);
-  Segments view() const {
-    return {keys.data(), q_number.empty() ? nullptr : q_number.data(), k_number.data()};
   }
 };
 
@@ -62,10 +55,5 @@ struct Call {
 // Both return false if interrupted. Throw std::bad_alloc.
 bool attention_forward(const Call& call, Loop& loop);
 bool attention_backward(Call& call, Loop& loop);
-
-// Limits of the machine with `threads` threads, whichever instruction set is in use: multiply-add
-// flops a second, bytes read a second.
-double measure_peak(DType dtype, int threads);
-double measure_bandwidth(int threads);
 
 }  // namespace fusedattn

@@ -4,9 +4,7 @@
 // then fights them for the cores; whoever loads libgomp first decides its waiting policy for the
 // whole process, so an extension cannot tame it. libgomp also hangs in a forked child.
 // docs/design.md has the figures; -DFUSEDATTN_PARALLEL=openmp builds the other way.
-#include "parallel.h"
-
-#include "blas_threads.h"
+#include "threads/pool.h"
 
 #include <pthread.h>
 
@@ -21,6 +19,8 @@
 #include <new>
 #include <thread>
 #include <vector>
+
+#include "threads/blas_threads.h"
 
 #ifdef FUSEDATTN_PARALLEL_OPENMP
 #include <omp.h>

@@ -1,11 +1,11 @@
-// The work of an encoder's layers on whole arrays, divided over threads. The bits of a result do
-// not depend on the division.
+// The work of an encoder's layers on whole arrays, divided over threads: one function a layer.
+//
+// The bits of a result do not depend on the division. Arguments are taken at their word, since the
+// bindings have checked them, and every array is the caller's. Called with the GIL released.
 #pragma once
 
-#include <vector>
-
 #include "kernel/layer_task.h"
-#include "parallel.h"
+#include "threads/pool.h"
 
 namespace fusedattn {
 

@@ -4,7 +4,7 @@
 // (openblas_set_threads_callback_function in its cblas.h), so both use one pool and nobody is left
 // spinning. FUSEDATTN_SHARE_BLAS_THREADS=0 leaves OpenBLAS alone; one that somebody else already
 // serves is left alone.
-#include "blas_threads.h"
+#include "threads/blas_threads.h"
 
 #include <pthread.h>
 
@@ -13,7 +13,7 @@
 #include <initializer_list>
 #include <mutex>
 
-#include "parallel.h"
+#include "threads/pool.h"
 
 #ifdef __linux__
 #include <dlfcn.h>

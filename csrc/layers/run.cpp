@@ -1,10 +1,13 @@
-#include "layers.h"
+// How each layer is cut into tasks: by rows of about the same work, but for products, layer norm's
+// backward and scattered sums, which say why above their functions.
+#include "layers/run.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <vector>
 
-#include "dispatch.h"
+#include "isa/dispatch.h"
 
 namespace fusedattn {
 namespace {

@@ -1,9 +1,15 @@
-// The encoder's layers: arrays in, arrays that the caller allocated out. Only fusedattn.nn and
-// fusedattn.optim call these.
-#include "bindings_layers.h"
+// Each binding checks its arrays by name against one dtype and the shapes that follow from the
+// first, fills a plain struct and runs it.
+#include "bindings/layers.h"
 
-#include "dispatch.h"
-#include "layers.h"
+#include <cstdint>
+#include <string>
+
+#include "bindings/views.h"
+#include "bindings/without_gil.h"
+#include "isa/dispatch.h"
+#include "layers/run.h"
+#include "threads/thread_count.h"
 
 namespace fusedattn {
 namespace {
@@ -24,8 +30,7 @@ struct Operands {
   }
 
   void check(const char* name, const py::array& a, const Shape& shape) const {
-    if (!a.dtype().equal(numpy))
-      wrong_type(name, py::str(numpy).cast<std::string>(), dtype_name(a));
+    if (!a.dtype().equal(numpy)) wrong_type(name, text_of(numpy), dtype_name(a));
     if (shape_of(a) != shape) wrong_value(name, "shape " + text_of(shape), text_of(shape_of(a)));
     if (reinterpret_cast<std::uintptr_t>(a.data()) % std::uintptr_t(a.itemsize()) != 0)
       wrong_value(name, "an aligned array", "one that is not");

@@ -1,7 +1,12 @@
 // Python arguments become a Call: every argument checked in order, by name.
+//
+// Allocates no result and computes nothing. Called by attention.cpp, once for each call.
 #pragma once
 
-#include "numpy_view.h"
+#include <vector>
+
+#include "attention/call.h"
+#include "bindings/views.h"
 
 namespace fusedattn {
 
