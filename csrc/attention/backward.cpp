@@ -203,7 +203,7 @@ bool attention_backward(Call& c, Loop& loop) {
     if (by_head) return keys_at(b, local, 0, true);
     return keys_at(b, local / key_blocks(b), local % key_blocks(b), false);
   };
-  SharedCovers covers(c);
+  MaskCovers covers(c);
   const auto run = [&](index_t task, index_t then) {
     const index_t b = tasks.sample(task), local = task - tasks.first[std::size_t(b)],
                   blocks = key_blocks(b);
@@ -223,6 +223,7 @@ bool attention_backward(Call& c, Loop& loop) {
     head.dq_head = statistics.dq.head;
     head.dbias_head = c.dbias.head;
     head.mask_head = c.mask.head;
+    head.covers_head = covers.step(b);
     head.bias_head = c.bias.head;
     head.lse2 = statistics.lse2 + at;
     head.delta = statistics.delta + at;
@@ -235,7 +236,7 @@ bool attention_backward(Call& c, Loop& loop) {
     head.scale = c.scale;
     head.k_scale = key_scale(c);
     head.rules = c.rules(b, h);
-    head.rules.covers = covers.at(b);
+    head.rules.covers = covers.at(b, h);
     if (!c.alibi_slopes.empty()) head.alibi_slopes = &c.alibi_slopes[std::size_t(b * c.heads + h)];
     head.visible = visible.data() + turns.first[std::size_t(b)];
     head.wait_for_turn = wait_for_turn;

@@ -40,11 +40,11 @@ bool attention_forward(const Call& c, Loop& loop) {
   Numbering numbering;
   for (index_t b = 0; b < c.batch; b++)
     numbering.add(is_few(b) ? c.kv_heads : c.heads * ceil_div(c.sq[std::size_t(b)], step));
-  SharedCovers covers(c);
+  MaskCovers covers(c);
   const auto head_at = [&](index_t b, index_t h) -> ForwardHead {
     const std::size_t i = std::size_t(b);
     Rules rules = c.rules(b, h);
-    rules.covers = covers.at(b);
+    rules.covers = covers.at(b, h);
     const index_t at = (c.lse_batch[i] + h * c.lse_head) * compute_size(c.dtype);
     return {c.q.at(b, h),
             c.k.at(b, h / group),

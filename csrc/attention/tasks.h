@@ -68,23 +68,35 @@ struct Numbering {
   }
 };
 
-// What a mask says of its blocks, of each sample, where several heads share one.
-class SharedCovers {
+// What a mask says of its blocks, found out once for all heads and samples that share them.
+class MaskCovers {
  public:
-  explicit SharedCovers(const Call& c) : call_(c) {
-    if (!c.mask.data || c.mask.head != 0 || c.mask.row == 0 || c.heads < 2) return;
-    for (std::size_t b = 0; b < std::size_t(c.batch); b++)
-      first_.add(ceil_div(c.sq[b], COVER_ROWS) * ceil_div(c.sk[b], COVER_KEYS));
-    said_.resize(std::size_t(first_.total()));
+  explicit MaskCovers(const Call& c) : call_(c) {
+    if (!c.mask.data) return;
+    for (std::size_t b = 0; b < std::size_t(c.batch); b++) {
+      const bool again = b > 0 && c.mask.batch[b] == c.mask.batch[b - 1] &&
+                         c.sq[b] == c.sq[b - 1] && c.sk[b] == c.sk[b - 1];
+      first_.push_back(again ? first_.back() : said_.size());
+      if (!again) said_.resize(said_.size() + std::size_t(heads() * head(index_t(b))));
+    }
   }
-  Covers at(index_t b) {
+  Covers at(index_t b, index_t h) {
+    if (first_.empty()) return {nullptr, 0, 0};
     const std::size_t i = std::size_t(b);
-    return {said_.empty() ? nullptr : said_.data() + first_.first[i], call_.sq[i], call_.sk[i]};
+    return {said_.data() + first_[i] + (heads() > 1 ? h * head(b) : 0), queries(b), call_.sk[i]};
   }
+  // Bytes from one query head to the next.
+  index_t step(index_t b) const { return !first_.empty() && heads() > 1 ? head(b) : 0; }
 
  private:
+  index_t heads() const { return call_.mask.head != 0 ? call_.heads : 1; }
+  index_t queries(index_t b) const { return call_.mask.row != 0 ? call_.sq[std::size_t(b)] : 1; }
+  index_t head(index_t b) const {
+    return ceil_div(queries(b), COVER_ROWS) * ceil_div(call_.sk[std::size_t(b)], COVER_KEYS);
+  }
+
   const Call& call_;
-  Numbering first_;
+  std::vector<std::size_t> first_;  // of each sample; empty: no mask
   std::vector<std::uint8_t> said_;
 };
 

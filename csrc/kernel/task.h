@@ -41,13 +41,12 @@ struct Dropout {
   double scale;  // of what is kept, 1 / (1 - p)
 };
 
-// What a mask says of each COVER_ROWS queries and COVER_KEYS keys, for all heads that share it:
-// kernels write down what they find. 0: nobody has looked yet, else a Cover and 1
-// (kernel/rules/cover.h).
-inline constexpr index_t COVER_ROWS = 16, COVER_KEYS = 128;
+// What a mask says of each COVER_ROWS queries and COVER_KEYS keys, for all heads and samples that
+// share it: whoever looks first writes down what is there, a Cover (kernel/rules/cover.h).
+inline constexpr index_t COVER_ROWS = 16, COVER_KEYS = 64;
 struct Covers {
-  std::uint8_t* said;  // row after row of blocks; null: not shared
-  index_t sq, sk;
+  std::uint8_t* said;     // row after row of blocks, 0 at first; null: nothing is written down
+  index_t queries, keys;  // of the mask; one query if it is the same for all
 };
 
 // Which keys a query may see, and what becomes of its logits and probabilities. Interval rules
@@ -76,10 +75,10 @@ struct Pages {
 
 // One query head against its key/value head.
 struct ForwardHead {
-  Matrix q, k, v;  // (sq, d), (sk, d), (sk, dv)
-  Matrix out;      // (sq, dv)
+  Matrix q, k, v;  // (sq, d), (sk, d), (sk, d_v)
+  Matrix out;      // (sq, d_v)
   void* lse;       // (sq), natural log, compute type
-  index_t sq, sk, d, dv;
+  index_t sq, sk, d, d_v;
   double scale;
   Rules rules;
   Pages pages;
@@ -117,7 +116,7 @@ struct BackwardHead {
   Matrix k, v, dk, dv;  // dk.data, dv.data null: not needed
   Matrix q, dout;       // of the first query head
   Matrix dq, dbias;     // likewise, in the compute type; data null: not needed
-  index_t q_head, dout_head, dq_head, dbias_head, mask_head,
+  index_t q_head, dout_head, dq_head, dbias_head, mask_head, covers_head,
       bias_head;             // bytes from one query head to the next
   const void *lse2, *delta;  // (group, sq): lse * log2(e), and rowsum(dout * out)
   index_t stat_head;         // elements from one query head to the next in lse2 and delta
@@ -136,12 +135,12 @@ struct BackwardHead {
 
 // rowsum(dout * out) - dlse and the scaled LSE of one query head.
 struct DeltaHead {
-  Matrix out, dout;  // (sq, dv)
+  Matrix out, dout;  // (sq, d_v)
   const void* lse;   // (sq)
   const char* dlse;  // (sq), dlse_step bytes apart, compute type; null: 0
   index_t dlse_step;
   void *lse2, *delta;  // (sq)
-  index_t dv;
+  index_t d_v;
 };
 
 // The functions of one element type.
@@ -149,7 +148,7 @@ struct Kernels {
   index_t query_block;   // forward: queries in the widest sub-block
   index_t sub_blocks;    // forward: of these in a task at most
   index_t few_queries;   // forward_few: queries of a group at most
-  index_t least_dims;    // d + dv below which those of `base` are faster
+  index_t least_dims;    // d + d_v below which those of `base` are faster
   index_t back_queries;  // backward: queries in a block, the unit of `turns`
   index_t back_keys;     // backward: keys in a block, the unit of its tasks
   std::size_t (*forward_scratch)(const ForwardHead&, index_t queries);

@@ -18,13 +18,13 @@
 #pragma once
 
 #include "kernel/amx/backward_columns.h"
-#include "kernel/attention/turns.h"
+#include "kernel/attention/backward_loop.h"
 
 namespace fusedattn {
 namespace {
 
 template <class E>
-FA_INLINE void cut_queries(TiledBackward& b, const BackwardHead& h, const Matrix& q,
+FA_INLINE void cut_queries(TiledBackwardBlock& b, const BackwardHead& h, const Matrix& q,
                            const Matrix& dout) {
   const bool odd_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
   if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, odd_q);
@@ -40,7 +40,7 @@ FA_INLINE void cut_queries(TiledBackward& b, const BackwardHead& h, const Matrix
   if (odd_dout) find_odd_rows<E>(dout, b.q0, b.nq, b.d_v, b.odd_dout);
 }
 
-template <class E> FA_INLINE void cut_keys(TiledBackward& b, const BackwardHead& h) {
+template <class E> FA_INLINE void cut_keys(TiledBackwardBlock& b, const BackwardHead& h) {
   bool odd_k = false, odd_v = false;
   for (index_t c = 0; c * CELL < b.nk; c++) {
     const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
@@ -58,7 +58,7 @@ template <class E> FA_INLINE void cut_keys(TiledBackward& b, const BackwardHead&
 }
 
 // dbias += dS, at `to`.
-FA_NOINLINE void add_to_dbias(const TiledBackward& b, const Matrix& to) {
+FA_NOINLINE void add_to_dbias(const TiledBackwardBlock& b, const Matrix& to) {
   for (index_t q = 0; q < b.nq; q++)
     for (index_t k = 0; k < b.nk; k++)
       *reinterpret_cast<float*>(to.data + q * to.row + k * to.col) +=
@@ -67,7 +67,8 @@ FA_NOINLINE void add_to_dbias(const TiledBackward& b, const Matrix& to) {
 
 // Has the fetcher fetch what comes after this block of queries: the next one, or what becomes of
 // this block of keys and then the next one.
-template <class E> FA_NOINLINE void fetch_next(const BackwardHead& h, TiledBackward& b, index_t g) {
+template <class E>
+FA_NOINLINE void fetch_next(const BackwardHead& h, TiledBackwardBlock& b, index_t g) {
   Fetcher& f = b.fetcher;
   clear_fetcher(f);
   const index_t size = sizeof(E), q_bytes = b.d * size, v_bytes = b.d_v * size;
@@ -109,7 +110,7 @@ template <class E> FA_NOINLINE void fetch_next(const BackwardHead& h, TiledBackw
 }
 
 // Products of tiles in a block of queries, about.
-template <class E> FA_INLINE index_t products_in_block(const TiledBackward& b) {
+template <class E> FA_INLINE index_t products_in_block(const TiledBackwardBlock& b) {
   const index_t d = up_to(b.d, DEPTH) / DEPTH, d_v = up_to(b.d_v, DEPTH) / DEPTH;
   const index_t q_tiles = up_to(b.nq, TILE) / TILE, k_tiles = up_to(b.nk, TILE) / TILE,
                 q_cells = up_to(b.nq, CELL) / CELL, k_cells = up_to(b.nk, CELL) / CELL;
@@ -121,135 +122,115 @@ template <class E> FA_INLINE index_t products_in_block(const TiledBackward& b) {
   return each * all * cells / (q_cells * k_cells);
 }
 
-// One block of queries [q0, q0 + nq) of query head g.
-template <class E>
-FA_NOINLINE void backward_queries(const BackwardHead& h, TiledBackward& b, index_t g) {
-  const index_t turn = b.q0 / TILED_BACK_QUERIES;
-  const Turn dq_turn = turn_at(h.dq_turns, g, turn), bias_turn = turn_at(h.bias_turns, g, turn);
-  const bool bias_per_key = h.dbias.row == 0;
-  Rules rules = h.rules;
-  if (rules.mask.data) rules.mask.data += g * h.mask_head;
-  if (rules.bias.data) rules.bias.data += g * h.bias_head;
-  if (h.alibi_slopes) rules.alibi_slope = h.alibi_slopes[g];
-  rules.dropout.head += uint32_t(g);
-  Matrix q = h.q, dout = h.dout;
-  q.data += g * h.q_head;
-  dout.data += g * h.dout_head;
-  const Interval visible = h.visible[turn];
-  if (visible.low < b.k0 + b.nk && visible.high > b.k0) {
-    b.lse2 = static_cast<const float*>(h.lse2) + g * h.stat_head + b.q0;
-    b.delta = static_cast<const float*>(h.delta) + g * h.stat_head + b.q0;
-    cut_queries<E>(b, h, q, dout);
-    if (look(b, rules)) {
-      bool odd = false;
-      for (const uint32_t bits : b.odd_k) odd |= bits != 0;
-      if (odd) __builtin_memset(b.odd_dq, 0, size_t(TILED_BACK_QUERIES * b.d) * sizeof(float));
-      fetch_next<E>(h, b, g);
-      start_fetching(b.fetcher, products_in_block<E>(b));
-      backward_columns<E>(b, h, rules, q, dout);
-      wait(h, dq_turn);
-      if (h.dq.data) add_queries<E>(b, h, g, odd);
-      if (h.dbias.data && bias_per_key) {
-        add_to_dbias(b, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(float))});
-      } else if (h.dbias.data) {
-        wait(h, bias_turn);
-        add_to_dbias(b, {h.dbias.data + g * h.dbias_head + b.q0 * h.dbias.row + b.k0 * h.dbias.col,
-                         h.dbias.row, h.dbias.col});
-      }
+// The engine of backward_over_queries on tiles, and its scratch.
+template <class E> struct TiledBackward : TiledBackwardBlock {
+  using T = float;
+  static constexpr index_t QUERIES = TILED_BACK_QUERIES;
+
+  const BackwardHead& h;
+
+  FA_INLINE_MEMBER TiledBackward(const BackwardHead& head, index_t key_block, Layout& scratch)
+      : h(head) {
+    constexpr int P = PIECES<E>, C = COMPUTED<E>;
+    constexpr index_t keys = TILED_BACK_KEYS, queries = TILED_BACK_QUERIES;
+    TiledBackwardBlock& b = *this;
+    b.k0 = key_block * keys;
+    b.nk = min_index(keys, h.sk - b.k0);
+    b.d = h.d, b.d_v = h.d_v;
+    b.factor = float(logit_factors<float>(h.scale, h.rules).before);
+    b.need_ds = h.dq.data || h.dk.data || h.dbias.data;
+    // An odd number of cache lines from row to row: on a Granite Rapids tiles are read from the L2
+    // cache at 2.5 TFLOP/s, against 1.6 with two lines and 1.1 with sixteen.
+    const auto operand = [&](int pieces, index_t height, index_t bytes) FA_LAMBDA {
+      const index_t row = up_to(bytes, 128) + 64, piece = up_to(height, DEPTH) * row;
+      return Operand{scratch.take<char>(pieces * piece), row, piece};
+    };
+    for (int c = 0; c < CELL_COLUMNS; c++) {
+      b.k[c] = operand(P, up_to(b.d, DEPTH) / 2, 4 * CELL);
+      b.v[c] = operand(P, up_to(b.d_v, DEPTH) / 2, 4 * CELL);
+    }
+    b.k_pairs = operand(P, keys / 2, 4 * b.d);
+    b.q = operand(P, queries, 2 * b.d);
+    b.dout = operand(P, queries, 2 * b.d_v);
+    b.q_t = operand(P, b.d, 2 * queries);
+    b.dout_t = operand(P, b.d_v, 2 * queries);
+    for (int i = 0; i < 2; i++) {
+      b.p[i] = operand(C, queries / 2, 4 * CELL);
+      b.ds[i] = operand(C, queries / 2, 4 * CELL);
+    }
+    b.ds_rows = operand(C, queries, 2 * keys);
+    for (int i = 0; i < 4; i++) {
+      (i % 2 ? b.dp : b.s)[i / 2] = scratch.take<float>(CELL * CELL);
+      scratch.skip(1088);  // or one's stores would look like what the other's loads wait for
+    }
+    b.bent = scratch.take<float>(CELL * CELL);
+    b.keep = scratch.take<float>(CELL * CELL);
+    b.sum = scratch.take<float>(CELL * up_to(max_index(b.d, b.d_v), DEPTH));
+    b.dk = scratch.take<float>(keys * up_to(b.d, TILE));
+    b.dv = scratch.take<float>(keys * up_to(b.d_v, TILE));
+    b.ds_all = h.dbias.data ? scratch.take<float>(queries * keys) : nullptr;
+    b.dbias = scratch.take<float>(keys);
+    b.odd_dq = scratch.take<float>(queries * b.d);
+  }
+
+  // The keys become operands, and nothing is summed up yet.
+  FA_INLINE_MEMBER void take_keys() {
+    for (bool& column : begun) column = false;
+    __builtin_memset(dbias, 0, TILED_BACK_KEYS * sizeof(float));
+    clear_fetcher(fetcher);
+    cut_keys<E>(*this, h);
+  }
+  FA_INLINE_MEMBER bool begin(const QueryBlock& block) {
+    q0 = block.q0, nq = block.nq;
+    lse2 = reinterpret_cast<const float*>(block.lse2);
+    delta = reinterpret_cast<const float*>(block.delta);
+    cut_queries<E>(*this, h, block.q, block.dout);
+    if (!cover_cells(*this, block.rules)) return false;
+    if (has_odd_keys()) __builtin_memset(odd_dq, 0, size_t(QUERIES * d) * sizeof(float));
+    fetch_next<E>(h, *this, block.g);
+    start_fetching(fetcher, products_in_block<E>(*this));
+    backward_columns<E>(*this, h, block.rules, block.q, block.dout);
+    return true;
+  }
+  FA_INLINE_MEMBER void add_dq(const QueryBlock& block) {
+    add_queries<E>(*this, h, block.g, has_odd_keys());
+  }
+  FA_INLINE_MEMBER void add_dbias(const Matrix& to, index_t) { add_to_dbias(*this, to); }
+  FA_INLINE_MEMBER void end() {
+    float dk_scale[CELL], dv_scale[CELL];
+    for (index_t i = 0; i < CELL; i++)
+      dk_scale[i] = float(h.scale), dv_scale[i] = float(h.rules.dropout.scale);
+    for (index_t c = 0; c * CELL < nk; c++) {
+      const index_t first = k0 + c * CELL, n = min_index(CELL, nk - c * CELL);
+      const index_t then = first + n, last = min_index(then + CELL, k0 + nk);
+      fetch_crowded_rows(h.dk, then, last, d * index_t(sizeof(E)));
+      fetch_crowded_rows(h.dv, then, last, d_v * index_t(sizeof(E)));
+      begin_column(*this, int(c));
+      if (h.dk.data) unpack_transposed<E>(dk_of(*this, c), CELL, dk_scale, h.dk, first, n, d);
+      if (h.dv.data) unpack_transposed<E>(dv_of(*this, c), CELL, dv_scale, h.dv, first, n, d_v);
     }
   }
-  pass_on(h, dq_turn);
-  if (!bias_per_key) pass_on(h, bias_turn);
-}
 
-// As finish_bias.
-FA_NOINLINE void finish_bias(const BackwardHead& h, const TiledBackward& b, index_t g) {
-  const Turn turn = turn_at(h.bias_turns, g, 0);
-  wait(h, turn);
-  for (index_t k = 0; k < b.nk; k++)
-    *reinterpret_cast<float*>(h.dbias.data + g * h.dbias_head + (b.k0 + k) * h.dbias.col) +=
-        b.dbias[k];
-  pass_on(h, turn);
-  __builtin_memset(b.dbias, 0, TILED_BACK_KEYS * sizeof(float));
-}
+  FA_INLINE_MEMBER bool has_odd_keys() const {
+    uint32_t any = 0;
+    for (const uint32_t bits : odd_k) any |= bits;
+    return any != 0;
+  }
+};
 
-// Carves what a block needs off the scratch; returns the rest.
-template <class E> FA_INLINE char* lay_out(const BackwardHead& h, char* scratch, TiledBackward& b) {
-  constexpr int P = PIECES<E>, C = COMPUTED<E>;
-  const index_t keys = TILED_BACK_KEYS, queries = TILED_BACK_QUERIES, cell = CELL * CELL;
-  // An odd number of cache lines from row to row: tiles are read from the L2 cache at 2.5 TFLOP/s,
-  // against 1.6 with two lines and 1.1 with sixteen.
-  const auto operand = [&](int pieces, index_t rows, index_t bytes) {
-    const index_t row = up_to(bytes, 128) + 64, piece = up_to(rows, DEPTH) * row;
-    return Operand{carve<char>(scratch, pieces * piece), row, piece};
-  };
-  b.d = h.d, b.d_v = h.d_v;
-  for (int c = 0; c < CELL_COLUMNS; c++) {
-    b.k[c] = operand(P, up_to(b.d, DEPTH) / 2, 4 * CELL);
-    b.v[c] = operand(P, up_to(b.d_v, DEPTH) / 2, 4 * CELL);
-  }
-  b.k_pairs = operand(P, keys / 2, 4 * b.d);
-  b.q = operand(P, queries, 2 * b.d);
-  b.dout = operand(P, queries, 2 * b.d_v);
-  b.q_t = operand(P, b.d, 2 * queries);
-  b.dout_t = operand(P, b.d_v, 2 * queries);
-  for (int i = 0; i < 2; i++) {
-    b.p[i] = operand(C, queries / 2, 4 * CELL);
-    b.ds[i] = operand(C, queries / 2, 4 * CELL);
-  }
-  b.ds_rows = operand(C, queries, 2 * keys);
-  for (int i = 0; i < 4; i++) {
-    (i % 2 ? b.dp : b.s)[i / 2] = carve<float>(scratch, cell);
-    scratch += 1088;  // or one's stores would look like what the other's loads wait for
-  }
-  b.bent = carve<float>(scratch, cell);
-  b.keep = carve<float>(scratch, cell);
-  b.sum = carve<float>(scratch, CELL * up_to(max_index(b.d, b.d_v), DEPTH));
-  b.dk = carve<float>(scratch, keys * up_to(b.d, TILE));
-  b.dv = carve<float>(scratch, keys * up_to(b.d_v, TILE));
-  b.ds_all = h.dbias.data ? carve<float>(scratch, queries * keys) : nullptr;
-  b.dbias = carve<float>(scratch, keys);
-  b.odd_dq = carve<float>(scratch, queries * b.d);
-  return scratch;
-}
 template <class E> FA_ENTRY size_t backward_scratch_on_tiles(const BackwardHead& h) {
-  static char base[64];
-  TiledBackward b;
-  return size_t(lay_out<E>(h, base, b) - base);
+  Layout measure(nullptr);
+  TiledBackward<E>(h, 0, measure);
+  return measure.bytes();
 }
-
 template <class E>
 FA_ENTRY void backward_on_tiles(const BackwardHead& h, index_t key_block, void* scratch) {
-  TiledBackward b;
-  lay_out<E>(h, static_cast<char*>(scratch), b);
-  b.k0 = key_block * TILED_BACK_KEYS;
-  b.nk = min_index(TILED_BACK_KEYS, h.sk - b.k0);
-  b.factor = float(logit_factors<float>(h.scale, h.rules).before);
-  b.need_ds = h.dq.data || h.dk.data || h.dbias.data;
-  for (bool& begun : b.begun) begun = false;
-  __builtin_memset(b.dbias, 0, TILED_BACK_KEYS * sizeof(float));
-  clear_fetcher(b.fetcher);
-  cut_keys<E>(b, h);
+  Layout layout(scratch);
+  TiledBackward<E> engine(h, key_block, layout);
+  engine.take_keys();
   const Tiles tiles;
-  for (index_t g = 0; g < h.group; g++) {
-    for (b.q0 = 0; b.q0 < h.sq; b.q0 += TILED_BACK_QUERIES) {
-      b.nq = min_index(TILED_BACK_QUERIES, h.sq - b.q0);
-      backward_queries<E>(h, b, g);
-    }
-    if (h.dbias.data && h.dbias.row == 0) finish_bias(h, b, g);
-  }
-  float dk_scale[CELL], dv_scale[CELL];
-  for (index_t i = 0; i < CELL; i++)
-    dk_scale[i] = float(h.scale), dv_scale[i] = float(h.rules.dropout.scale);
-  for (index_t c = 0; c * CELL < b.nk; c++) {
-    const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
-    const index_t then = first + n, end = min_index(then + CELL, b.k0 + b.nk);
-    fetch_crowded_rows(h.dk, then, end, b.d * index_t(sizeof(E)));
-    fetch_crowded_rows(h.dv, then, end, b.d_v * index_t(sizeof(E)));
-    begin_column(b, int(c));
-    if (h.dk.data) unpack_transposed<E>(dk_of(b, c), CELL, dk_scale, h.dk, first, n, b.d);
-    if (h.dv.data) unpack_transposed<E>(dv_of(b, c), CELL, dv_scale, h.dv, first, n, b.d_v);
-  }
+  backward_over_queries(engine, h);
+  engine.end();
 }
 
 }  // namespace

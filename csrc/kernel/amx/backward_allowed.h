@@ -11,8 +11,6 @@ namespace {
 inline constexpr index_t CELL = 32, TILED_BACK_KEYS = 256, TILED_BACK_QUERIES = 128;
 inline constexpr int CELL_ROWS = TILED_BACK_QUERIES / CELL, CELL_COLUMNS = TILED_BACK_KEYS / CELL;
 
-enum class Sight { none, some, all };  // of a cell's pairs
-
 // Cells [first, last) of a row or column that see something, one run after the other.
 struct Runs {
   int count;
@@ -26,7 +24,7 @@ FA_INLINE void add_to_runs(Runs& runs, int cell) {
   runs.run[runs.count - 1].last = cell + 1;
 }
 
-struct TiledBackward {
+struct TiledBackwardBlock {
   index_t k0, nk, d, d_v;
   float factor;  // scale * log2(e), or what a softcap makes of it
   bool need_ds;
@@ -49,16 +47,16 @@ struct TiledBackward {
   // Of the block of queries at hand
   index_t q0, nq;
   const float *lse2, *delta;
-  Sight sight[CELL_ROWS][CELL_COLUMNS];
+  Cover cover[CELL_ROWS][CELL_COLUMNS];
   uint32_t allowed[CELL_ROWS][CELL_COLUMNS][CELL];  // pairs: a word a query, a bit a key
   Runs rows[CELL_COLUMNS], columns[CELL_ROWS];      // that see something
 };
 
 // Of column c.
-FA_INLINE float* dk_of(const TiledBackward& b, index_t c) {
+FA_INLINE float* dk_of(const TiledBackwardBlock& b, index_t c) {
   return b.dk + c * up_to(b.d, TILE) * CELL;
 }
-FA_INLINE float* dv_of(const TiledBackward& b, index_t c) {
+FA_INLINE float* dv_of(const TiledBackwardBlock& b, index_t c) {
   return b.dv + c * up_to(b.d_v, TILE) * CELL;
 }
 
@@ -88,13 +86,13 @@ FA_INLINE uint32_t segment_bits(const Segments& segments, index_t q, index_t k, 
 }
 
 // What cell (r, c) sees; `inside`: the intervals of all its queries hold all of its keys.
-FA_NOINLINE Sight look_at_cell(TiledBackward& b, const Rules& rules, bool use_mask, int r, int c,
-                               bool inside) {
+FA_NOINLINE Cover cover_cell(TiledBackwardBlock& b, const Rules& rules, bool use_mask, int r, int c,
+                             bool inside) {
   const index_t key = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
   uint32_t* allowed = b.allowed[r][c];
   if (inside && n == CELL && r * CELL + CELL <= b.nq && !use_mask && !rules.segments.q_number) {
     __builtin_memset(allowed, 0xff, CELL * sizeof(uint32_t));
-    return Sight::all;
+    return Cover::all;
   }
   uint32_t any = 0, all = ~0u;
   for (index_t i = 0; i < CELL; i++) {
@@ -113,11 +111,11 @@ FA_NOINLINE Sight look_at_cell(TiledBackward& b, const Rules& rules, bool use_ma
     any |= bits;
     all &= bits;
   }
-  return !any ? Sight::none : all == ~0u ? Sight::all : Sight::some;
+  return !any ? Cover::none : all == ~0u ? Cover::all : Cover::some;
 }
 
 // What each cell of a block of queries sees. False if none sees anything.
-FA_NOINLINE bool look(TiledBackward& b, const Rules& rules) {
+FA_NOINLINE bool cover_cells(TiledBackwardBlock& b, const Rules& rules) {
   const index_t k_end = b.k0 + b.nk;
   bool any = false;
   for (Runs& rows : b.rows) rows.count = 0;
@@ -127,16 +125,14 @@ FA_NOINLINE bool look(TiledBackward& b, const Rules& rules) {
     const Span span = visible_span(rules, begin, end, k_end);
     for (int c = 0; c * CELL < b.nk; c++) {
       const index_t low = b.k0 + c * CELL, high = min_index(low + CELL, k_end);
-      Sight& sight = b.sight[r][c];
-      sight = Sight::none;
+      Cover& cover = b.cover[r][c];
+      cover = Cover::none;
       if (span.any.low >= high || span.any.high <= low) continue;
-      const Cover cover = !rules.mask.data    ? Cover::all
-                          : rules.covers.said ? shared_cover(rules, begin, end - begin, low)
-                                              : Cover::some;
+      cover = cover_of(rules, begin, end - begin, low, high - low);
       if (cover == Cover::none) continue;
-      sight = look_at_cell(b, rules, cover == Cover::some, r, c,
-                           span.all.low <= low && span.all.high >= high);
-      if (sight == Sight::none) continue;
+      cover = cover_cell(b, rules, cover == Cover::some, r, c,
+                         span.all.low <= low && span.all.high >= high);
+      if (cover == Cover::none) continue;
       any = true;
       add_to_runs(b.rows[c], r);
       add_to_runs(b.columns[r], c);

@@ -4,7 +4,7 @@
 
 #include "kernel/amx/backward_allowed.h"
 #include "kernel/amx/cut.h"
-#include "kernel/attention/backward_steps.h"
+#include "kernel/attention/pair_gradients.h"
 #include "kernel/rules/dropout.h"
 #include "kernel/rules/logits.h"
 #include "kernel/vector/tanh.h"
@@ -27,69 +27,50 @@ FA_INLINE Kind kind_of(const Rules& rules) {
   return bent ? Kind::bent : added ? Kind::added : Kind::some;
 }
 
-// P and dS of W pairs; dS times the slope of the softcap.
-struct PairGradients {
-  Vec<float> p, ds, bent;
-};
 // What the rules need to know.
-struct CellRules {
-  const Rules& rules;
-  bool bends, drops, slanted, biased, native_bias;
-  Vec<float> factor, cap, kept, slope;
+template <class E> struct CellRules {
+  AddedToKeys<E> added;
+  Softcap<float> softcap;
+  bool bends, drops;
+  Vec<float> factor, kept;
 };
 template <class E, Kind KIND>
-FA_INLINE CellRules cell_rules(const TiledBackward& b, const Rules& rules) {
+FA_INLINE CellRules<E> cell_rules(const TiledBackwardBlock& b, const Rules& rules) {
   constexpr bool any = KIND == Kind::ruled, added = any || KIND == Kind::added;
-  return {rules,
+  return {AddedToKeys<E>(rules, added, added),
+          Softcap<float>(rules),
           KIND == Kind::bent || (any && rules.softcap > 0),
           any && rules.dropout.threshold,
-          added && rules.alibi_slope != 0,
-          added && rules.bias.data,
-          is_native_bias<E>(rules.bias),
           splat(b.factor),
-          splat(float(rules.softcap) * LOG2E_F),
-          splat(float(rules.dropout.scale)),
-          splat(float(-rules.alibi_slope * LOG2E))};
+          splat(float(rules.dropout.scale))};
 }
 FA_INLINE Vec<float> only(uint32_t pairs, Vec<float> x) {
   return (Vec<float>)_mm512_maskz_mov_ps(__mmask16(pairs), (__m512)x);
 }
 
-// Of query q and the keys from k on, n of which exist. `bent`: tanh of the logit, with a softcap.
-// keep: dropout's 0 or 1.
+// Of query q and the keys from k on, n of which exist, and S as the product gave it. `bent`: tanh
+// of the logit, with a softcap. keep: dropout's 0 or 1.
 template <class E, Kind KIND>
-FA_INLINE PairGradients pair_gradients(const CellRules& x, Vec<float> s, Vec<float> bent,
-                                       Vec<float> dp, Vec<float> l, Vec<float> dl, uint32_t pairs,
-                                       index_t q, index_t k, index_t n, const float* keep) {
+FA_INLINE PairGradients<float> cell_gradients(const CellRules<E>& x, Vec<float> s, Vec<float> bent,
+                                              Vec<float> dp, Vec<float> l, Vec<float> dl,
+                                              uint32_t pairs, index_t q, index_t k, index_t n,
+                                              const float* keep) {
   using T = float;
-  s = x.bends ? x.cap * bent : s * x.factor;
-  Vec<T> slope{}, add{};
-  if (x.bends) slope = splat(1.0f) - bent * bent;
-  if (x.slanted) add = alibi<T>(x.slope, lane_numbers<T>(), splat(T(q + x.rules.q_offset - k)));
-  if (x.biased) {
-    const Matrix& m = x.rules.bias;
-    const char* p = m.data + q * m.row + k * m.col;
-    const Vec<T> bias = x.native_bias && n >= W<T>
-                            ? load_as<E>(p)
-                            : gather_as<E>(p, m.col, int(min_index(n, W<T>)));
-    add = add_bias<T>(bias, add);
-    pairs &= _mm512_cmp_ps_mask((__m512)bias, (__m512)splat(-Bits<T>::infinity), _CMP_NEQ_UQ);
+  s = x.bends ? x.softcap.bent(bent) : s * x.factor;
+  if (x.added.slanted || x.added.biased) {
+    Vec<T> bias{};
+    s += x.added.template at<false>(q, k, 0, n, bias);
+    if (x.added.biased)
+      pairs &= _mm512_cmp_ps_mask((__m512)bias, (__m512)splat(-Bits<T>::infinity), _CMP_NEQ_UQ);
   }
-  if (x.slanted || x.biased) s += add;
-  PairGradients y;
-  y.p = probability<T>(s, l);
-  if (KIND != Kind::all) y.p = only(pairs, y.p);
-  if (x.drops) dp *= load(keep) * x.kept;
-  y.ds = y.p * (dp - dl);
-  if (KIND != Kind::all) y.ds = only(pairs, y.ds);
-  y.bent = x.bends ? only(pairs, y.ds * slope) : y.ds;
-  if (x.drops) y.p *= load(keep);
-  return y;
+  return pair_gradients<T>(s, l, dp, dl, x.bends, bent, x.drops ? keep : nullptr, x.kept,
+                           [&](Vec<T> y)
+                               FA_LAMBDA { return KIND == Kind::all ? y : only(pairs, y); });
 }
 
 // What becomes of a cell, in steps: four queries' dropout; P and dS of two queries as operands.
 struct CellSteps : Paced {
-  const TiledBackward* b;
+  const TiledBackwardBlock* b;
   const Rules* rules;
   int r, c;
   Kind kind;
@@ -101,10 +82,10 @@ struct CellSteps : Paced {
 
 // Of queries i and i + 16 of the cell.
 template <class E, Kind KIND, bool NEED_DS>
-FA_INLINE void cut_pairs(const CellSteps& t, const CellRules& x, index_t i) {
+FA_INLINE void cut_pairs(const CellSteps& t, const CellRules<E>& x, index_t i) {
   using T = float;
   constexpr int P = COMPUTED<E>;
-  const TiledBackward& b = *t.b;
+  const TiledBackwardBlock& b = *t.b;
   const int r = t.r, c = t.c;
   const uint32_t* allowed = b.allowed[r][c];
   Cut<P> p[2][2] = {}, ds[2][2] = {};  // two vectors of keys each
@@ -124,14 +105,14 @@ FA_INLINE void cut_pairs(const CellSteps& t, const CellRules& x, index_t i) {
     for (int y = 0; y < 2; y++) {
       const uint32_t own = pairs >> y * W<T> & 0xffff;
       const index_t at = in_cell * CELL + y * W<T>, key = c * CELL + y * W<T>;
-      PairGradients g{};
+      PairGradients<T> g{};
       if (KIND == Kind::all || own)
-        g = pair_gradients<E, KIND>(x, load(t.s + at), bent[2 * h + y],
+        g = cell_gradients<E, KIND>(x, load(t.s + at), bent[2 * h + y],
                                     NEED_DS ? load(t.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
                                     b.k0 + key, b.nk - key, b.keep + at);
-      if (KIND == Kind::ruled && t.odd) store(t.s + at, g.p), store(b.bent + at, g.bent);
+      if (KIND == Kind::ruled && t.odd) store(t.s + at, g.p), store(b.bent + at, g.by_product);
       p[h][y] = cut_computed<P>(g.p);
-      if (NEED_DS) ds[h][y] = cut_computed<P>(g.bent);
+      if (NEED_DS) ds[h][y] = cut_computed<P>(g.by_product);
       if (NEED_DS && b.ds_all) store(b.ds_all + q * TILED_BACK_KEYS + key, g.ds);
     }
     if (NEED_DS)
@@ -150,7 +131,7 @@ template <class E> inline constexpr index_t STEP_PAIRS = PIPELINED<E> ? 1 : CELL
 template <class E, Kind KIND, bool NEED_DS> FA_NOINLINE void run_cell_step(Paced& steps) {
   CellSteps& t = static_cast<CellSteps&>(steps);
   step_taken(t);
-  const TiledBackward& b = *t.b;
+  const TiledBackwardBlock& b = *t.b;
   const index_t at = t.at++;
   if (at < t.draws) {
     const index_t q = t.r * CELL + 4 * at;
@@ -159,7 +140,7 @@ template <class E, Kind KIND, bool NEED_DS> FA_NOINLINE void run_cell_step(Paced
                        CELL);
     return;
   }
-  const CellRules x = cell_rules<E, KIND>(b, *t.rules);
+  const CellRules<E> x = cell_rules<E, KIND>(b, *t.rules);
   const index_t first = (at - t.draws) * STEP_PAIRS<E>;
   for (index_t i = first; i < first + STEP_PAIRS<E>; i++) {
     if (!PIPELINED<E> && KIND > Kind::some && i % 4 == 0) keep_awake();
@@ -178,7 +159,7 @@ template <class E> FA_INLINE void (*cell_step(Kind kind, bool need_ds))(Paced&) 
 }
 
 // Of a cell that sees nothing, for dbias.
-FA_NOINLINE void clear_cell(const TiledBackward& b, int r, int c) {
+FA_NOINLINE void clear_cell(const TiledBackwardBlock& b, int r, int c) {
   for (index_t i = 0; i < CELL; i++)
     __builtin_memset(b.ds_all + (r * CELL + i) * TILED_BACK_KEYS + c * CELL, 0,
                      CELL * sizeof(float));

@@ -43,7 +43,7 @@ FA_INLINE void multiply_runs(index_t m, index_t n, const Operand& a, const Opera
 // keys. Of one piece the sums go on in the tiles; of several, the block's sum comes first and joins
 // then, with fewer roundings.
 template <class E, class Work>
-FA_INLINE void add_column(const TiledBackward& b, const Operand& rows, const Operand& p,
+FA_INLINE void add_column(const TiledBackwardBlock& b, const Operand& rows, const Operand& p,
                           const Runs& runs, index_t n, index_t keys, bool begun, float* gradient,
                           Work work) {
   if constexpr (COMPUTED<E> == 1) {
@@ -58,7 +58,7 @@ FA_INLINE void add_column(const TiledBackward& b, const Operand& rows, const Ope
   }
 }
 
-FA_INLINE void begin_column(TiledBackward& b, int c) {
+FA_INLINE void begin_column(TiledBackwardBlock& b, int c) {
   if (b.begun[c]) return;
   b.begun[c] = true;
   __builtin_memset(dk_of(b, c), 0, size_t(up_to(b.d, TILE) * CELL) * sizeof(float));
@@ -77,7 +77,7 @@ struct Column {
 // before are multiplied, P and dS of the last one are made and cut beside the products, evenly
 // spread: 4 vectors of them for every 12 products are best, 2 or 8 gain nothing.
 struct Cells {
-  TiledBackward& b;
+  TiledBackwardBlock& b;
   const BackwardHead& h;
   const Rules& rules;
   const Matrix &q, &dout;
@@ -89,7 +89,7 @@ struct Cells {
 
 // S and dP of cell (r, c) are there: what is to be done with them.
 template <class E> FA_INLINE void begin_cell(Cells& x, int r, int c) {
-  TiledBackward& b = x.b;
+  TiledBackwardBlock& b = x.b;
   CellSteps& t = x.steps;
   const Rules& rules = x.rules;
   t.b = &b, t.rules = &rules;
@@ -98,7 +98,7 @@ template <class E> FA_INLINE void begin_cell(Cells& x, int r, int c) {
   t.p = b.p[x.columns], t.ds = b.ds[x.columns];
   t.odd = b.odd_q[r] | b.odd_dout[r] | b.odd_k[c] | b.odd_v[c];
   t.kind = t.odd ? Kind::ruled : kind_of(rules);
-  if (t.kind == Kind::some && b.sight[r][c] == Sight::all) t.kind = Kind::all;
+  if (t.kind == Kind::some && b.cover[r][c] == Cover::all) t.kind = Kind::all;
   t.at = 0;
   t.draws = rules.dropout.threshold ? CELL / 4 : 0;
   t.left = t.draws + CELL / 2 / STEP_PAIRS<E>;
@@ -115,7 +115,7 @@ template <class E> FA_INLINE void begin_cell(Cells& x, int r, int c) {
 }
 // The next part of the column before.
 template <class E, class Work> FA_INLINE void add_part(Cells& x, Work work) {
-  TiledBackward& b = x.b;
+  TiledBackwardBlock& b = x.b;
   Column& column = x.column;
   const int c = column.c;
   const index_t i = column.at++;
@@ -128,7 +128,7 @@ template <class E, class Work> FA_INLINE void add_part(Cells& x, Work work) {
 }
 // What odd numbers in it give to the gradients, and if it was the last of its column, that is next.
 template <class E> FA_NOINLINE void end_cell(Cells& x) {
-  TiledBackward& b = x.b;
+  TiledBackwardBlock& b = x.b;
   const BackwardHead& h = x.h;
   const CellSteps& t = x.steps;
   const int r = t.r, c = t.c;
@@ -163,7 +163,7 @@ FA_INLINE index_t cells_of(const Runs& runs) {
 
 // Products of cell (r, c), or where r < 0 none, and of so many parts of the column before.
 template <class E> FA_NOINLINE void advance_cells(Cells& x, int r, int c, index_t parts) {
-  TiledBackward& b = x.b;
+  TiledBackwardBlock& b = x.b;
   constexpr int P = PIECES<E>;
   constexpr index_t each = 4 * piece_order<P, P>().n,
                     each_part = 4 * piece_order<P, COMPUTED<E>>().n;
@@ -202,13 +202,13 @@ template <class E> FA_NOINLINE void advance_cells(Cells& x, int r, int c, index_
 
 // P and dS of all cells; what they give to dk and dv.
 template <class E>
-FA_INLINE void backward_columns(TiledBackward& b, const BackwardHead& h, const Rules& rules,
+FA_INLINE void backward_columns(TiledBackwardBlock& b, const BackwardHead& h, const Rules& rules,
                                 const Matrix& q, const Matrix& dout) {
   Cells x{b, h, rules, q, dout};
   for (int c = 0; c * CELL < b.nk; c++) {
     bool first = true;
     for (int r = 0; r * CELL < b.nq; r++)
-      if (b.sight[r][c] != Sight::none) {
+      if (b.cover[r][c] != Cover::none) {
         const index_t parts = x.column.parts, cells = cells_of(b.rows[c]);
         advance_cells<E>(x, r, c, first ? parts : (parts + cells - 1) / cells);
         first = false;
@@ -220,7 +220,7 @@ FA_INLINE void backward_columns(TiledBackward& b, const BackwardHead& h, const R
 }
 
 template <class E>
-FA_INLINE void add_queries(TiledBackward& b, const BackwardHead& h, index_t g, bool odd) {
+FA_INLINE void add_queries(TiledBackwardBlock& b, const BackwardHead& h, index_t g, bool odd) {
   const index_t row = h.dq.row / index_t(sizeof(float)), ld = up_to(b.d, DEPTH);
   float* dq = reinterpret_cast<float*>(h.dq.data + g * h.dq_head + b.q0 * h.dq.row);
   Fetch fetch{b.fetcher};

@@ -22,7 +22,7 @@ FA_NOINLINE void find_odd_rows(const Matrix& m, index_t r0, index_t rows, index_
 
 // Takes pairs whose bias is -inf from the allowed ones of cell (r, c).
 template <class E>
-FA_NOINLINE void forbid_by_bias(TiledBackward& b, const Matrix& bias, int r, int c) {
+FA_NOINLINE void forbid_by_bias(TiledBackwardBlock& b, const Matrix& bias, int r, int c) {
   for (index_t i = 0; i < CELL; i++)
     for (index_t j = 0; j < CELL; j++) {
       uint32_t& allowed = b.allowed[r][c][i];

@@ -1,7 +1,7 @@
 // Forward for a few queries on tiles: the softmax of few_rows.h, row by row, between products
 // that have the bits of amx/forward.h's (few_products.h):
 //
-//   S^T [keys x rows] = rows of K, words of Q^T;   O [rows x dv] = rows of P, words of V
+//   S^T [keys x rows] = rows of K, words of Q^T;   O [rows x d_v] = rows of P, words of V
 //
 // All rows of the group are the columns, or the rows, of one tile. K is cut where it lies along d
 // and V in pairs of rows, so neither is transposed.
@@ -32,10 +32,10 @@ FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, i
 // What could not be cut of V, for the rows that may see it; p[key] from key k0.
 template <class E>
 FA_NOINLINE void mend_few_values(const Row<float>& x, const FewRows& v, index_t first, index_t n,
-                                 index_t dv, float* sums) {
+                                 index_t d_v, float* sums) {
   for (index_t key = 0; key < n; key++) {
     if (x.has_dense && x.dense[key] == -Bits<float>::infinity) continue;
-    for (index_t c = 0; c < dv; c++) {
+    for (index_t c = 0; c < d_v; c++) {
       const float value = number_at<E>(v.at(first + key), 0, c);
       if (is_odd(value)) sums[c] += x.p[key] * value;
     }
@@ -44,38 +44,37 @@ FA_NOINLINE void mend_few_values(const Row<float>& x, const FewRows& v, index_t 
 
 inline constexpr int TILED_FEW = int(TILE);  // queries at most, over all heads of the group
 
-// Scratch of one call, in blocks of KEY_BLOCK keys; d up to a multiple of 32, dv of 16.
-template <class E> struct FewScratch {
-  index_t d, dv, p_row = KEY_BLOCK + 2 * W<float>;
-  E *q, *k_rows, *v_rows;       // (TILED_FEW, d), (KEY_BLOCK, d), (KEY_BLOCK, dv)
-  float *o, *sums, *p, *dense;  // (TILE, dv) twice, (TILED_FEW, p_row) twice
+// Scratch of one call, in blocks of KEY_BLOCK keys; d up to a multiple of 32, d_v of 16.
+template <class E> struct TiledFewScratch {
+  index_t d, d_v, p_row = KEY_BLOCK + 2 * W<float>;
+  E *q, *k_rows, *v_rows;       // (TILED_FEW, d), (KEY_BLOCK, d), (KEY_BLOCK, d_v)
+  float *o, *sums, *p, *dense;  // (TILE, d_v) twice, (TILED_FEW, p_row) twice
   float* s;                     // (KEY_BLOCK, TILE)
   Operand q_cut, p_cut;         // words (d, TILE), rows (TILE, KEY_BLOCK)
-  Operand k_cut, v_cut;         // rows (32, d), words (32, dv)
+  Operand k_cut, v_cut;         // rows (32, d), words (32, d_v)
   char* pieces;                 // two blocks of K or V, in tiles
 
-  FA_INLINE_MEMBER FewScratch(const ForwardHead& h, char*& free)
-      : d(up_to(h.d, DEPTH)), dv(up_to(h.dv, TILE)) {
-    q = carve<E>(free, TILED_FEW * h.d);
-    k_rows = carve<E>(free, KEY_BLOCK * d);
-    v_rows = carve<E>(free, KEY_BLOCK * dv);
-    o = carve<float>(free, TILE * dv);
-    sums = carve<float>(free, TILE * dv);
-    p = carve<float>(free, TILED_FEW * p_row);
-    dense = carve<float>(free, TILED_FEW * p_row);
-    s = carve<float>(free, KEY_BLOCK * TILE);
-    q_cut = words_operand(free, PIECES<E>, d, TILE);
-    p_cut = rows_operand(free, P_PIECES<E>, TILE, KEY_BLOCK);
-    k_cut = rows_operand(free, PIECES<E>, DEPTH, d);
-    v_cut = words_operand(free, PIECES<E>, DEPTH, dv);
-    pieces = carve<char>(free, 2 * CUT_TILES * TILE_BYTES);
+  FA_INLINE_MEMBER TiledFewScratch(const ForwardHead& h, Layout& scratch)
+      : d(up_to(h.d, DEPTH)), d_v(up_to(h.d_v, TILE)) {
+    q = scratch.take<E>(TILED_FEW * h.d);
+    k_rows = scratch.take<E>(KEY_BLOCK * d);
+    v_rows = scratch.take<E>(KEY_BLOCK * d_v);
+    o = scratch.take<float>(TILE * d_v);
+    sums = scratch.take<float>(TILE * d_v);
+    p = scratch.take<float>(TILED_FEW * p_row);
+    dense = scratch.take<float>(TILED_FEW * p_row);
+    s = scratch.take<float>(KEY_BLOCK * TILE);
+    q_cut = words_operand(scratch, PIECES<E>, d, TILE);
+    p_cut = rows_operand(scratch, P_PIECES<E>, TILE, KEY_BLOCK);
+    k_cut = rows_operand(scratch, PIECES<E>, DEPTH, d);
+    v_cut = words_operand(scratch, PIECES<E>, DEPTH, d_v);
+    pieces = scratch.take<char>(2 * CUT_TILES * TILE_BYTES);
   }
 };
 template <class E> FA_ENTRY size_t few_scratch_on_tiles(const ForwardHead& h) {
-  char* const from = reinterpret_cast<char*>(uintptr_t(64));
-  char* free = from;
-  FewScratch<E>(h, free);
-  return size_t(free - from);
+  Layout measure(nullptr);
+  TiledFewScratch<E>(h, measure);
+  return measure.bytes();
 }
 
 template <class E>
@@ -105,7 +104,7 @@ FA_NOINLINE FewRows few_rows(const Matrix& m, const Pages& pages, index_t page, 
 // The products where something cannot be cut: with 0 in its place, then put right by hand.
 template <class E>
 FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const FewRows& k, index_t n,
-                                    const LogitFactor& factor, const FewScratch<E>& x) {
+                                    const LogitFactor& factor, const TiledFewScratch<E>& x) {
   const Tiles tiles;
   for (index_t i = 0; i < n; i += DEPTH) {
     cut_matrix<E, false, true>(k.at(i), 0, DEPTH, x.d, x.k_cut);
@@ -115,17 +114,17 @@ FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const Few
   mend_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
 }
 template <class E>
-FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScratch<E>& x,
+FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const TiledFewScratch<E>& x,
                                       float* sums) {
   constexpr int P = P_PIECES<E>;
   const Tiles tiles;
   for (index_t i = 0; i < n; i += DEPTH) {
-    cut_matrix<E, false, false>(v.at(i), 0, DEPTH, x.dv, x.v_cut);
+    cut_matrix<E, false, false>(v.at(i), 0, DEPTH, x.d_v, x.v_cut);
     const Operand p{x.p_cut.data + 2 * i, x.p_cut.row, x.p_cut.piece};
     if (PIPELINED<E> && i == 0)
-      multiply_operands<P, PIECES<E>, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
+      multiply_operands<P, PIECES<E>, true>(TILE, x.d_v, DEPTH, p, x.v_cut, sums, 4 * x.d_v);
     else
-      multiply_operands<P, PIECES<E>, true, true>(TILE, x.dv, DEPTH, p, x.v_cut, sums, 4 * x.dv);
+      multiply_operands<P, PIECES<E>, true, true>(TILE, x.d_v, DEPTH, p, x.v_cut, sums, 4 * x.d_v);
   }
 }
 
@@ -133,7 +132,7 @@ FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScra
 template <class E>
 FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q,
                                      const FewRows& k, index_t n, const FewTiles& tiles,
-                                     FewFetch& fetch, const FewScratch<E>& x) {
+                                     FewFetch& fetch, const TiledFewScratch<E>& x) {
   const LogitFactor factor = logit_factor<E>(*rows[0].head);
   few_scores_on_tiles<E>(k, n, x.d / DEPTH, x.q_cut, tiles.columns, x.s, x.pieces, fetch);
   bool finite = false;
@@ -194,17 +193,17 @@ template <int R> FA_INLINE void add_in_order(const float* p, index_t p_row, floa
 template <class E>
 FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows& v, index_t before,
                                      index_t n, const FewTiles& tiles, FewFetch& fetch,
-                                     const FewScratch<E>& x) {
+                                     const TiledFewScratch<E>& x) {
   constexpr bool apart = PIPELINED<E>;  // the block's own sum is made, and then joins
-  const index_t all = up_to(before + n, DEPTH), dv = rows[0].head->dv;
+  const index_t all = up_to(before + n, DEPTH), d_v = rows[0].head->d_v;
   for (int r = 0; !apart && r < count; r++)
-    for (index_t c = 0; rows[r].rescale != 1 && c < x.dv; c += W<float>)
+    for (index_t c = 0; rows[r].rescale != 1 && c < x.d_v; c += W<float>)
       store(rows[r].o + c, load(rows[r].o + c) * splat(rows[r].rescale));
-  const size_t bytes = size_t(count * x.dv) * sizeof(float);
+  const size_t bytes = size_t(count * x.d_v) * sizeof(float);
   if (!apart) __builtin_memcpy(x.sums, x.o, bytes);  // what was there before, should it be needed
   float* const sums = apart ? x.sums : x.o;
   float total[TILED_FEW] = {};
-  few_values_on_tiles<E, !apart>(v, all, x.dv / TILE, x.p_cut, sums, x.pieces, fetch,
+  few_values_on_tiles<E, !apart>(v, all, x.d_v / TILE, x.p_cut, sums, x.pieces, fetch,
                                  [&](index_t key) FA_LAMBDA {
                                    const float* p = x.p + key;
                                    int r = 0;
@@ -214,7 +213,7 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
                                      add_in_order<1>(p + r * x.p_row, x.p_row, total + r);
                                  });
   AllFinite finite;
-  for (index_t i = 0; i < count * x.dv; i += W<float>) finite.add(load(sums + i));
+  for (index_t i = 0; i < count * x.d_v; i += W<float>) finite.add(load(sums + i));
   const bool odd = !finite.all();
   if (odd) {
     if (!apart) __builtin_memcpy(x.o, x.sums, bytes);
@@ -225,9 +224,9 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
     Row<float>& row = rows[r];
     const Vec<float> rescale = splat(row.rescale);
     row.total = row.sum = fma<float>(splat(row.sum), rescale, splat(total[r]))[0];
-    for (index_t c = 0; apart && c < x.dv; c += W<float>)
-      store(row.o + c, fma<float>(load(row.o + c), rescale, load(x.sums + r * x.dv + c)));
-    if (odd) mend_few_values<E>(row, v, before, n, dv, row.o);
+    for (index_t c = 0; apart && c < x.d_v; c += W<float>)
+      store(row.o + c, fma<float>(load(row.o + c), rescale, load(x.sums + r * x.d_v + c)));
+    if (odd) mend_few_values<E>(row, v, before, n, d_v, row.o);
   }
 }
 
@@ -235,34 +234,18 @@ template <class E>
 FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void* scratch) {
   using T = float;
   const ForwardHead& h = heads[0];
-  char* free = static_cast<char*>(scratch);
-  const FewScratch<E> x(h, free);
+  Layout layout(scratch);
+  const TiledFewScratch<E> x(h, layout);
 
   Row<T> rows[TILED_FEW];
-  int count = 0;
-  Interval any{h.sk, 0};
-  for (index_t g = 0; g < group; g++)
-    for (index_t i = 0; i < h.sq; i++, count++) {
-      rows[count] = {heads + g,
-                     i,
-                     visible_keys(heads[g].rules, i),
-                     nullptr,
-                     x.o + count * x.dv,
-                     nullptr,
-                     x.dense + count * x.p_row,
-                     Bits<T>::lowest,
-                     0,
-                     0,
-                     1,
-                     false,
-                     false};
-      const Matrix& from = heads[g].q;
-      copy_elements(x.q + count * h.d, from.data + i * from.row, from.col, h.d);
-      const Interval& keys = rows[count].keys;
-      if (keys.low >= keys.high) continue;
-      any = {min_index(any.low, keys.low), max_index(any.high, keys.high)};
-    }
-  __builtin_memset(x.o, 0, size_t(count * x.dv) * sizeof(T));
+  int count;
+  const Interval any = begin_rows(heads, group, rows, count, [&](Row<T>& row, int r) FA_LAMBDA {
+    row.o = x.o + r * x.d_v;
+    row.dense = x.dense + r * x.p_row;
+    const Matrix& q = row.head->q;
+    copy_elements(x.q + r * h.d, q.data + row.query * q.row, q.col, h.d);
+  });
+  __builtin_memset(x.o, 0, size_t(count * x.d_v) * sizeof(T));
   const bool odd_q = cut_matrix<E, true, false>(
       {reinterpret_cast<char*>(x.q), h.d * index_t(sizeof(E)), index_t(sizeof(E))}, 0, count, h.d,
       x.q_cut, logit_factor<E>(h).in_q);
@@ -271,12 +254,13 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
   const index_t first = any.low / DEPTH * DEPTH;
   FewFetch k_fetch(h.k, first, x.d * index_t(sizeof(E)), false,
                    is_whole<E>(h.k, h.pages, h.d, x.d)),
-      v_fetch(h.v, first, x.dv * index_t(sizeof(E)), true, is_whole<E>(h.v, h.pages, h.dv, x.dv));
+      v_fetch(h.v, first, x.d_v * index_t(sizeof(E)), true,
+              is_whole<E>(h.v, h.pages, h.d_v, x.d_v));
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     const index_t k0 = max_index(block, any.low), k1 = min_index(block + KEY_BLOCK, any.high);
     const index_t base = k0 / DEPTH * DEPTH, n = k1 - k0, before = k0 - base, all = k1 - base;
     const FewRows k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
-    const FewRows v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, x.dv, x.v_rows);
+    const FewRows v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.d_v, x.d_v, x.v_rows);
     few_scores_of_block<E>(rows, count, odd_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
     for (int r = 0; r < count; r++) {
       rows[r].p = x.p + r * x.p_row + before;
@@ -286,7 +270,7 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
     few_values_of_block<E>(rows, count, v, before, n, tiles, v_fetch, x);
   }
 
-  finish_few<E>(rows, count, x.dv);
+  finish_few<E>(rows, count, x.d_v);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Forward on tiles: the same online softmax over the same blocks of keys as attention/forward.h,
 // with the two products done by AMX from pieces of 16 bits (tiles.h). Queries lie in the lanes:
 //
-//   S^T [keys x queries] = rows of K, words of Q^T;   O^T [dv x queries] = rows of V^T, words of
+//   S^T [keys x queries] = rows of K, words of Q^T;   O^T [d_v x queries] = rows of V^T, words of
 //   P^T
 //
 // K and V are cut once for all queries of a task; P is cut as it is made.
@@ -14,6 +14,7 @@
 
 #include "kernel/amx/forward_pipeline.h"
 #include "kernel/amx/forward_whole.h"
+#include "kernel/attention/forward_loop.h"
 
 namespace fusedattn {
 namespace {
@@ -37,39 +38,6 @@ FA_INLINE Matrix block_rows(const Matrix& m, const Pages& pages, index_t page, i
   return {m.data + block * m.row, m.row, m.col};
 }
 
-// What a task needs beside its queries. Pipelined, some of it twice or three times.
-template <class E> struct ForwardScratch {
-  static constexpr int twice = PIPELINED<E> ? 2 : 1, units = PIPELINED<E> ? 3 : 1;
-  float *s[twice], *tile, *sums;
-  Operand words[twice];
-  KeyBlock keys[twice];
-  E *k_rows, *v_rows;  // from pages
-
-  FA_INLINE_MEMBER ForwardScratch(const ForwardHead& h, char*& free) {
-    constexpr index_t widest = WIDEST<E> * W<float>;
-    tile = carve<float>(free, KEY_BLOCK * widest);
-    sums = carve<float>(free, 4 * TILE * TILE);
-    for (int i = 0; i < twice; i++) {
-      s[i] = carve<float>(free, KEY_BLOCK * widest);
-      words[i] = words_operand(free, P_PIECES<E>, KEY_BLOCK, widest);
-      keys[i] = {rows_operand(free, PIECES<E>, KEY_BLOCK, h.d),
-                 rows_operand(free, PIECES<E>, h.dv, KEY_BLOCK), false, false};
-    }
-    k_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.d : 0);
-    v_rows = carve<E>(free, h.pages.table ? KEY_BLOCK * h.dv : 0);
-  }
-};
-template <class E> FA_ENTRY size_t forward_scratch_on_tiles(const ForwardHead& h, index_t queries) {
-  char* const from = reinterpret_cast<char*>(uintptr_t(64));
-  char* free = from;
-  ForwardScratch<E>(h, free);
-  const index_t subs = (queries + W<float> - 1) / W<float>;
-  const index_t q = PIECES<E> * as_words(nullptr, h.d, 2 * TILE).piece / 2;  // of 16 lanes, at most
-  const index_t numbers = 4 * subs * W<float> * (up_to(h.dv, TILE) + 4);
-  return size_t(free - from + numbers + subs * (q + index_t(sizeof(TiledQueries)) + 8 * 64) +
-                16 * 64);
-}
-
 // Has the fetcher fetch what the next task reads first, beside the products of so many tiles of
 // scores.
 template <class E>
@@ -78,12 +46,12 @@ FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQu
   constexpr index_t size = sizeof(E), P = PIECES<E>;
   const index_t keys = next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0;
   clear_fetcher(f);
-  fetch_rows(f, next.out, next.begin, next.end, h.dv * size);
-  fetch_rows(f, next.v, 0, keys, h.dv * size);
+  fetch_rows(f, next.out, next.begin, next.end, h.d_v * size);
+  fetch_rows(f, next.v, 0, keys, h.d_v * size);
   fetch_rows(f, next.k, 0, keys, h.d * size);
   fetch_rows(f, next.q, next.begin, next.end, h.d * size);
   const index_t products = up_to(h.d, DEPTH) / DEPTH * piece_order<P, P>().n +
-                           up_to(h.dv, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
+                           up_to(h.d_v, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
   start_fetching(f, tiles * products);
 }
 
@@ -123,97 +91,140 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
     b.plan.chunk = b.plan.bent ? 8 : TILE;
 }
 
-template <class E>
-FA_ENTRY void forward_on_tiles(const ForwardHead& h, index_t q_begin, index_t q_end,
-                               const NextQueries& next, void* scratch) {
+// The engine of forward_in_blocks on tiles, and its scratch: pipelined, some of it twice or three
+// times.
+template <class E> struct TiledForward {
   using T = float;
-  const Tiles configured;
-  char* free = static_cast<char*>(scratch);
-  ForwardScratch<E> own(h, free);
-  auto* subs = reinterpret_cast<TiledQueries*>(
-      carve<char>(free, (q_end - q_begin + W<T> - 1) / W<T> * index_t(sizeof(TiledQueries))));
+  static constexpr int widest = WIDEST<E>, twice = PIPELINED<E> ? 2 : 1,
+                       in_flight = PIPELINED<E> ? 3 : 1;
+  static constexpr bool trims = true;
 
-  const LogitFactor factor = logit_factor<E>(h);
-  int n = 0;
-  Interval any{h.sk, 0};
+  const ForwardHead& h;
+  const NextQueries& next;
+  const index_t begin_at;  // the first query
+  const LogitFactor factor;
+  float *s[twice], *tile, *products;
+  Operand words[twice];
+  KeyBlock keys[twice];
+  E *k_rows, *v_rows;  // from pages
+  TiledQueries* subs;
+  char* q;  // words of all sub-blocks' queries, one sub-block after the other
+  T* o;     // of all queries: (d_v, lanes) of each sub-block
+  T* sums;  // three numbers
+  int count = 0;
   index_t tiles = 0;  // of scores
-  for (index_t q = q_begin; q < q_end; n++) {
-    TiledQueries& x = subs[n];
-    x.first = q;
-    x.uncovered = 0;
-    choose_width<T>(x, h, q_end, WIDEST<E>);
-    const index_t lanes = x.vectors * W<T>, sums = up_to(h.dv, TILE) * lanes;
-    const Operand operand = words_operand(free, PIECES<E>, h.d, lanes);
+  Pipeline pipeline;
+  Scored units[in_flight];
+  index_t turn = 0;
+  KeyBlock* block_keys;
+  Matrix k{}, v{};
+
+  FA_INLINE_MEMBER TiledForward(const ForwardHead& head, index_t q_begin, index_t queries,
+                                const NextQueries& then, Layout& scratch)
+      : h(head),
+        next(then),
+        begin_at(q_begin),
+        factor(logit_factor<E>(head)),
+        pipeline{head, {}, nullptr, nullptr},
+        block_keys(keys) {
+    constexpr index_t most = WIDEST<E> * W<T>;
+    tile = scratch.take<float>(KEY_BLOCK * most);
+    products = scratch.take<float>(4 * TILE * TILE);
+    for (int i = 0; i < twice; i++) {
+      s[i] = scratch.take<float>(KEY_BLOCK * most);
+      words[i] = words_operand(scratch, P_PIECES<E>, KEY_BLOCK, most);
+      keys[i] = {rows_operand(scratch, PIECES<E>, KEY_BLOCK, h.d),
+                 rows_operand(scratch, PIECES<E>, h.d_v, KEY_BLOCK), false, false};
+    }
+    k_rows = scratch.take<E>(h.pages.table ? KEY_BLOCK * h.d : 0);
+    v_rows = scratch.take<E>(h.pages.table ? KEY_BLOCK * h.d_v : 0);
+    // All sub-blocks but the last are full, so their lanes add up to this. Words of two vectors of
+    // queries lie furthest apart for what they hold.
+    const index_t lanes = round_up<T>(queries);
+    subs = scratch.take<TiledQueries>(lanes / W<T>);
+    q = scratch.take<char>(PIECES<E> * as_words(nullptr, h.d, 2 * TILE).piece * (lanes / TILE + 1) /
+                           2);
+    o = scratch.take<T>(up_to(h.d_v, TILE) * lanes);
+    sums = scratch.take<T>(3 * lanes);
+  }
+
+  FA_INLINE_MEMBER void begin(TiledQueries& x) {
+    const index_t lanes = x.vectors * W<T>, at = x.first - begin_at;
+    const Operand operand = as_words(q, h.d, lanes);
+    q += PIECES<E> * operand.piece;
     x.q = reinterpret_cast<T*>(operand.data);
-    x.uncut = cut_matrix<E, true, false>(h.q, q, x.count, h.d, operand, factor.in_q);
+    x.uncut = cut_matrix<E, true, false>(h.q, x.first, x.count, h.d, operand, factor.in_q);
     x.risen = h.rules.alibi_slope != 0;
     x.finished = false;
     x.single =
         PIPELINED<E> && x.keys.any.high <= x.keys.any.low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
-    x.o = carve<T>(free, sums);
-    x.max = carve<T>(free, lanes);
-    x.total = x.sum = carve<T>(free, lanes);
-    x.seen = carve<T>(free, lanes);
+    x.o = o + up_to(h.d_v, TILE) * at;
+    x.max = sums + 3 * at;
+    x.total = x.sum = x.max + lanes;
+    x.seen = x.sum + lanes;
     if (!x.single) clear_sums(h, x);
     for (index_t i = 0; i < lanes; i++) x.max[i] = Bits<T>::lowest, x.sum[i] = x.seen[i] = 0;
     tiles += x.vectors * up_to(max_index(x.keys.any.high - x.keys.any.low, 0), TILE) / TILE;
-    any.low = min_index(any.low, x.keys.any.low);
-    any.high = max_index(any.high, x.keys.any.high);
-    q += x.count;
   }
-  Pipeline pipeline{h, {}, nullptr, nullptr};
-  fetch_next_queries<E>(pipeline.fetcher, h, next, tiles);
-
-  Scored units[own.units];
-  index_t turn = 0;
-  KeyBlock* keys = own.keys;
-  for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
-    const index_t rows = min_index(KEY_BLOCK, any.high - block);
-    const Matrix k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, own.k_rows),
-                 v = block_rows<E>(h.v, h.pages, h.pages.v_page, block, rows, h.dv, own.v_rows);
+  FA_INLINE_MEMBER void plan(int sub_blocks, Interval) {
+    count = sub_blocks;
+    fetch_next_queries<E>(pipeline.fetcher, h, next, tiles);
+  }
+  FA_INLINE_MEMBER void take_keys(index_t block, index_t rows) {
+    k = block_rows<E>(h.k, h.pages, h.pages.k_page, block, rows, h.d, k_rows);
+    v = block_rows<E>(h.v, h.pages, h.pages.v_page, block, rows, h.d_v, v_rows);
     if constexpr (PIPELINED<E>) {
-      keys = own.keys + block / KEY_BLOCK % 2;
-      finish_units<E>(pipeline, keys);
+      block_keys = keys + block / KEY_BLOCK % 2;
+      finish_units<E>(pipeline, block_keys);
     }
-    keys->odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys->k);
-    keys->odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys->v);
-    for (int i = 0; i < n; i++) {
-      TiledQueries& x = subs[i];
-      index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(block + rows, x.keys.any.high);
-      if (k0 >= k1) continue;
-      const Cover cover = cover_of<T>(h.rules, x, block);
-      if (cover == Cover::none) continue;
-      bool use_mask = cover == Cover::some;
-      if (use_mask && h.rules.mask.row == 0) use_mask = trim_hidden(h.rules.mask, k0, k1);
-      if (k0 >= k1) continue;
-      Scored& b = units[turn % own.units];
-      b.x = &x, b.keys = keys, b.k = k, b.v = v;
-      b.s = own.s[turn % own.twice], b.tile = own.tile, b.sums = own.sums;
-      const Operand& words = own.words[turn % own.twice];
-      b.words = {words.data, as_words(nullptr, KEY_BLOCK, x.vectors * W<T>).row, words.piece};
-      turn++;
-      b.bias = h.rules.bias;
-      const int then = i + own.twice;  // the next unit, or the one after it
-      if (b.bias.data)
-        b.bias.data +=
-            subs[then % n].first * b.bias.row + (block + then / n * KEY_BLOCK) * b.bias.col;
-      plan_unit<E>(h, factor, block, k0, k1, use_mask, b);
-      if constexpr (PIPELINED<E>) {
-        advance<E>(pipeline, &b);
-        if (keys->odd_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
-      } else {
-        block_probabilities<E>(h, b, pipeline.fetcher);
-        add_values<E>(h, b, Fetch{pipeline.fetcher});
-      }
-    }
+    block_keys->odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, block_keys->k);
+    block_keys->odd_v = cut_matrix<E, true, true>(v, 0, rows, h.d_v, block_keys->v);
   }
-  if constexpr (PIPELINED<E>) finish_units<E>(pipeline, nullptr);
-  for (int i = 0; i < n; i++) {
+  FA_INLINE_MEMBER void attend(int i, index_t block, index_t k0, index_t k1, bool use_mask) {
     TiledQueries& x = subs[i];
-    if (x.finished) continue;
-    if (x.single) clear_sums(h, x);  // that saw no key
-    finish<E>(h, x);
+    Scored& b = units[turn % in_flight];
+    b.x = &x, b.keys = block_keys, b.k = k, b.v = v;
+    b.s = s[turn % twice], b.tile = tile, b.sums = products;
+    const Operand& own = words[turn % twice];
+    b.words = {own.data, as_words(nullptr, KEY_BLOCK, x.vectors * W<T>).row, own.piece};
+    turn++;
+    b.bias = h.rules.bias;
+    const int then = i + twice;  // the next unit, or the one after it
+    if (b.bias.data)
+      b.bias.data +=
+          subs[then % count].first * b.bias.row + (block + then / count * KEY_BLOCK) * b.bias.col;
+    plan_unit<E>(h, factor, block, k0, k1, use_mask, b);
+    if constexpr (PIPELINED<E>) {
+      advance<E>(pipeline, &b);
+      if (block_keys->odd_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
+    } else {
+      block_probabilities<E>(h, b, pipeline.fetcher);
+      add_values<E>(h, b, Fetch{pipeline.fetcher});
+    }
   }
+  FA_INLINE_MEMBER void end(int) {
+    if constexpr (PIPELINED<E>) finish_units<E>(pipeline, nullptr);
+    for (int i = 0; i < count; i++) {
+      TiledQueries& x = subs[i];
+      if (x.finished) continue;
+      if (x.single) clear_sums(h, x);  // that saw no key
+      finish<E>(h, x);
+    }
+  }
+};
+
+template <class E> FA_ENTRY size_t forward_scratch_on_tiles(const ForwardHead& h, index_t queries) {
+  Layout measure(nullptr);
+  TiledForward<E>(h, 0, queries, {}, measure);
+  return measure.bytes();
+}
+template <class E>
+FA_ENTRY void forward_on_tiles(const ForwardHead& h, index_t q_begin, index_t q_end,
+                               const NextQueries& next, void* scratch) {
+  const Tiles configured;
+  Layout layout(scratch);
+  TiledForward<E> engine(h, q_begin, q_end - q_begin, next, layout);
+  forward_in_blocks(engine, h, q_begin, q_end);
 }
 
 }  // namespace

@@ -79,8 +79,8 @@ FA_INLINE void bend_keys(const Rules& rules, Scored& b, index_t from, index_t to
   from = max_index(from, b.k0 - b.block);
   to = min_index(to, b.k1 - b.block);
   if (from < to)
-    finish_scores<E, true, false, NQ>(to - from, b.s + from * NQ * W<float>, b.plan.factor.after,
-                                      float(rules.softcap) * LOG2E_F, {}, b.block_max, b.x->seen);
+    finish_scores<E, true, false, NQ>(rules, to - from, b.s + from * NQ * W<float>,
+                                      b.plan.factor.after, {}, b.block_max, b.x->seen);
 }
 
 // Exponentials of row r of the unit's rows.
@@ -165,7 +165,7 @@ FA_INLINE index_t products_of(const Scored* b, index_t d, index_t each) {
 // Takes in a unit, or none.
 template <class E> FA_NOINLINE void advance(Pipeline& p, Scored* unit) {
   const index_t products = products_of(unit, p.h.d, piece_order<PIECES<E>, PIECES<E>>().n) +
-                           products_of(p.cut, p.h.dv, piece_order<PIECES<E>, P_PIECES<E>>().n);
+                           products_of(p.cut, p.h.d_v, piece_order<PIECES<E>, P_PIECES<E>>().n);
   Steps steps;
   begin_steps<E>(p, products, steps);
   const Beside beside{p.fetcher, steps};

@@ -28,7 +28,7 @@ struct TiledQueries : Queries<float> {
 
 // A block of keys, cut, and whether something in it could not be.
 struct KeyBlock {
-  Operand k, v;  // rows (keys x d), rows (dv x keys)
+  Operand k, v;  // rows (keys x d), rows (d_v x keys)
   bool odd_k, odd_v;
 };
 
@@ -76,10 +76,11 @@ FA_NOINLINE void mend_scores(const Matrix& k, index_t key, index_t n, const Matr
 // S = factor * S in log2 units (of SCALED_QUERIES it is), softcap, the dense part; the maximum over
 // keys joins max_io.
 template <class E, bool BENT, bool DENSE, int NQ>
-FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
+FA_NOINLINE void finish_scores(const Rules& rules, index_t n, float* s, float factor,
                                const Dense<float>& dense, float* max_io, float* seen) {
   using T = float;
-  const Vec<T> minus_inf = splat(-Bits<T>::infinity), f = splat(factor), c = splat(cap);
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity), f = splat(factor);
+  const Softcap<T> softcap(rules);
   Vec<T> max[NQ], any[NQ];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) max[j] = load(max_io + j * W<T>), any[j] = load(seen + j * W<T>);
@@ -89,7 +90,7 @@ FA_NOINLINE void finish_scores(index_t n, float* s, float factor, float cap,
     for (int j = 0; j < NQ; j++) {
       Vec<T> x = load(at + j * W<T>);
       if constexpr (!SCALED_QUERIES<E>) x *= f;
-      if constexpr (BENT) x = c * tanh<T>(x);
+      if constexpr (BENT) x = softcap.bent(tanh<T>(x));
       if constexpr (DENSE) {
         const Vec<T> add = dense_at(dense, i, j);
         x = add == minus_inf ? minus_inf : x + add;
@@ -156,8 +157,8 @@ FA_INLINE void rule_range(const Rules& rules, Scored& b, int r, index_t from, in
   alignas(64) float ignored[LANES<float>], unseen[LANES<float>];
   const bool later = !plain && !in_tile;  // the dense part is added then
   const auto run = [&](auto f) FA_LAMBDA {
-    f(to - from, s, factor, float(rules.softcap) * float(LOG2E), b.dense[r],
-      later ? ignored : b.block_max, later ? unseen : x.seen);
+    f(rules, to - from, s, factor, b.dense[r], later ? ignored : b.block_max,
+      later ? unseen : x.seen);
   };
   if (!in_tile && !bent && !(later && factor == 1)) run(finish_scores<E, false, false, NQ>);
   if (!in_tile && bent) run(finish_scores<E, true, false, NQ>);

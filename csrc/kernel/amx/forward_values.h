@@ -117,12 +117,12 @@ FA_INLINE float word_element(const Operand& words, int pieces, index_t key, inde
 }
 
 // What could not be cut of V, for the queries that may see it.
-template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, index_t dv) {
+template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, index_t d_v) {
   const index_t lanes = b.x->vectors * W<float>;
   for (index_t key = b.k0; key < b.k1; key++) {
     const int r = (key >= b.cut[1]) + (key >= b.cut[2]);
     const Dense<float>& dense = b.dense[r];
-    for (index_t c = 0; c < dv; c++) {
+    for (index_t c = 0; c < d_v; c++) {
       const float value = number_at<E>(v, key - b.block, c);
       if (!is_odd(value)) continue;
       for (index_t j = 0; j < lanes; j++) {
@@ -136,7 +136,7 @@ template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v
 }
 
 FA_INLINE void clear_sums(const ForwardHead& h, TiledQueries& x) {
-  __builtin_memset(x.o, 0, size_t(up_to(h.dv, TILE) * x.vectors * W<float>) * sizeof(float));
+  __builtin_memset(x.o, 0, size_t(up_to(h.d_v, TILE) * x.vectors * W<float>) * sizeof(float));
 }
 // O = O * rescale + P V, beside it `work`. Pipelined, the block's own sum is made first and then
 // joins, with fewer roundings, or is the output if there is but one block; else O has been
@@ -152,7 +152,7 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
   if (x.single && odd) clear_sums(h, x), x.single = false;
   alignas(64) T factor[LANES<T>];
   if (direct) finish_sums(h, x, factor);
-  in_tile_pairs(h.dv, lanes, [&]<int MI, int NJ>(index_t i, index_t j) FA_LAMBDA {
+  in_tile_pairs(h.d_v, lanes, [&]<int MI, int NJ>(index_t i, index_t j) FA_LAMBDA {
     const Operand rows{v.data + i * v.row + 2 * b.low, v.row, v.piece},
         words{b.words.data + b.low / 2 * b.words.row + 4 * j, b.words.row, b.words.piece};
     T* o = x.o + i * lanes + j;
@@ -164,7 +164,7 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
       const Matrix out{h.out.data + i * h.out.col, h.out.row, h.out.col};
       return unpack_transposed<E>(b.sums, 2 * TILE, factor + j, out, x.first + j,
                                   min_index(NJ * TILE, x.count - j),
-                                  min_index(MI * TILE, h.dv - i));
+                                  min_index(MI * TILE, h.d_v - i));
     }
     for (index_t c = 0; c < MI * TILE; c++) {
       FA_UNROLL
@@ -176,7 +176,7 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
     }
   });
   x.finished = direct;
-  if (odd) mend_values<E>(b, b.v, h.dv);
+  if (odd) mend_values<E>(b, b.v, h.d_v);
 }
 
 }  // namespace

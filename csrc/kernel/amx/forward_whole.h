@@ -142,7 +142,7 @@ FA_NOINLINE void block_probabilities(const ForwardHead& h, Scored& b, Fetcher& f
   for (index_t i = 0; i < lanes; i += W<T>) moved |= load(x.max + i) != load(b.max + i);
   end_probabilities(b);
   if (any_lane<float>(moved))
-    for (index_t c = 0; c < h.dv; c++)
+    for (index_t c = 0; c < h.d_v; c++)
       for (index_t i = 0; i < lanes; i += W<T>) {
         T* o = x.o + c * lanes + i;
         store(o, load(o) * load(b.rescale + i));

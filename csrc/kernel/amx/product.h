@@ -215,24 +215,23 @@ FA_NOINLINE void finish_next(const Product& p, BandSums& s) {
 }
 
 // Scratch of one task.
-struct TiledScratch {
+struct TiledProductScratch {
   char *a, *b;
   float *sums[2], *copy;
+
+  FA_INLINE_MEMBER TiledProductScratch(index_t rows, Layout& scratch) {
+    const index_t steps = TILED_DEPTH / DEPTH;
+    a = scratch.take<char>(bands_of(rows) * steps * STEP_BYTES);
+    b = scratch.take<char>(steps * STEP_BYTES);
+    for (float*& own : sums) own = scratch.take<float>(BAND * BAND);
+    copy = scratch.take<float>(TILED_DEPTH * BAND);
+  }
 };
-FA_INLINE TiledScratch tiled_scratch(char*& free, index_t rows) {
-  const index_t steps = TILED_DEPTH / DEPTH;
-  TiledScratch s;
-  s.a = carve<char>(free, bands_of(rows) * steps * STEP_BYTES);
-  s.b = carve<char>(free, steps * STEP_BYTES);
-  for (float*& sums : s.sums) sums = carve<float>(free, BAND * BAND);
-  s.copy = carve<float>(free, TILED_DEPTH * BAND);
-  return s;
-}
 
 // One band of columns and one piece of k, all rows of A.
 FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char* a, index_t a_band,
-                              index_t i0, index_t rows, const TiledScratch& own, NextBlocks& next,
-                              BandSums& last) {
+                              index_t i0, index_t rows, const TiledProductScratch& own,
+                              NextBlocks& next, BandSums& last) {
   const index_t steps = up_to(at.depth, DEPTH) / DEPTH;
   const bool wide = at.columns > TILE;
   const auto between = [&]() FA_LAMBDA {
@@ -254,8 +253,8 @@ FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char*
 
 FA_ENTRY void product_tiled(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
                             index_t next_rows, void* scratch) {
-  char* free = static_cast<char*>(scratch);
-  const TiledScratch own = tiled_scratch(free, rows);
+  Layout layout(scratch);
+  const TiledProductScratch own(rows, layout);
   const index_t depth = tiled_depth_of(p.k), a_band = depth / DEPTH * STEP_BYTES;
   const index_t times = bands_of(rows) * CALLS * depth / DEPTH;  // that lines are fetched
   const Tiles tiles;
@@ -294,9 +293,9 @@ FA_INLINE bool on_tiles(const Product& p) {
 
 FA_ENTRY size_t product_scratch_on_tiles(const Product& p, index_t rows) {
   if (!on_tiles(p)) return product_scratch<float>(p, rows);
-  char* end = nullptr;
-  tiled_scratch(end, rows);
-  return size_t(end - static_cast<char*>(nullptr));
+  Layout measure(nullptr);
+  TiledProductScratch(rows, measure);
+  return measure.bytes();
 }
 
 FA_ENTRY void product_on_tiles(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,

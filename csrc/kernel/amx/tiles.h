@@ -73,15 +73,15 @@ FA_INLINE Operand as_rows(char* data, index_t rows, index_t depth) {
 FA_INLINE Operand as_words(char* data, index_t depth, index_t columns) {
   return operand(data, up_to(depth, DEPTH) / 2, up_to(columns, TILE) * 4);
 }
-FA_INLINE Operand carved(char*& scratch, int pieces, Operand x) {
-  x.data = carve<char>(scratch, pieces * x.piece);
+FA_INLINE Operand taken(Layout& scratch, int pieces, Operand x) {
+  x.data = scratch.take<char>(pieces * x.piece);
   return x;
 }
-FA_INLINE Operand rows_operand(char*& scratch, int pieces, index_t rows, index_t depth) {
-  return carved(scratch, pieces, as_rows(nullptr, rows, depth));
+FA_INLINE Operand rows_operand(Layout& scratch, int pieces, index_t rows, index_t depth) {
+  return taken(scratch, pieces, as_rows(nullptr, rows, depth));
 }
-FA_INLINE Operand words_operand(char*& scratch, int pieces, index_t depth, index_t columns) {
-  return carved(scratch, pieces, as_words(nullptr, depth, columns));
+FA_INLINE Operand words_operand(Layout& scratch, int pieces, index_t depth, index_t columns) {
+  return taken(scratch, pieces, as_words(nullptr, depth, columns));
 }
 
 // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 words.

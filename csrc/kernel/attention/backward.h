@@ -17,9 +17,9 @@
 // number of threads.
 #pragma once
 
+#include "kernel/attention/backward_loop.h"
 #include "kernel/attention/backward_steps.h"
 #include "kernel/attention/operands.h"
-#include "kernel/attention/turns.h"
 #include "kernel/rules/cover.h"
 #include "kernel/rules/dropout.h"
 #include "kernel/vector/scratch.h"
@@ -36,7 +36,7 @@ FA_NOINLINE bool prepare_strips(const Rules& rules, const BackwardBlock<T>& b, i
   if (span.any.low >= b.k0 + b.nk || span.any.high <= b.k0) return false;
   bool use_mask = rules.mask.data != nullptr;
   if (use_mask) {
-    const Cover cover = mask_cover(rules.mask, q0, nq, b.k0, b.nk);
+    const Cover cover = cover_of(rules, q0, nq, b.k0, b.nk);
     if (cover == Cover::none) return false;
     use_mask = cover == Cover::some;
   }
@@ -94,183 +94,137 @@ FA_INLINE bool finite_rows(Rows<T> m, index_t rows, index_t cols) {
     return all_finite<T>(m, rows, cols);
 }
 
-// One block of queries [q0, q0 + nq) of query head g.
-template <class E, class T = Compute<E>>
-FA_NOINLINE void backward_tile(const BackwardHead& h, const BackwardBlock<T>& b, index_t g,
-                               index_t q0, index_t nq, bool q_in_place, bool dout_in_place) {
-  const Turn dq_turn = turn_at(h.dq_turns, g, q0 / BACK_QUERIES),
-             bias_turn = turn_at(h.bias_turns, g, q0 / BACK_QUERIES);
-  const bool bias_per_key = h.dbias.row == 0;
-  Rules rules = h.rules;
-  if (rules.mask.data) rules.mask.data += g * h.mask_head;
-  if (rules.bias.data) rules.bias.data += g * h.bias_head;
-  if (h.alibi_slopes) rules.alibi_slope = h.alibi_slopes[g];
-  rules.dropout.head += uint32_t(g);
-  Strips strips;
-  const Interval seen = h.visible[q0 / BACK_QUERIES];
-  const bool visible =
-      seen.low < b.k0 + b.nk && seen.high > b.k0 && prepare_strips<E>(rules, b, q0, nq, strips);
-  if (visible) {
-    // 1. rows of q and dout
-    Matrix qm = h.q, dm = h.dout;
-    qm.data += g * h.q_head;
-    dm.data += g * h.dout_head;
-    const Rows<T> q = query_rows<E>(qm, q0, nq, h.d, b.q_copy, b.ld, q_in_place, b.q_factor);
-    const Rows<T> dout = query_rows<E>(dm, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
-    const T* lse2 = static_cast<const T*>(h.lse2) + g * h.stat_head + q0;
-    const T* delta = static_cast<const T*>(h.delta) + g * h.stat_head + q0;
-    const bool need_ds = h.dq.data || h.dk.data || h.dbias.data;
-    const index_t d = words<E>(h.d), d_v = words<E>(h.d_v);
+// The engine of backward_over_queries on multiply-adds, and its scratch.
+template <class E> struct MultiplyAddBackward : BackwardBlock<Compute<E>> {
+  using T = Compute<E>;
+  using Block = BackwardBlock<T>;
+  static constexpr index_t QUERIES = BACK_QUERIES;
 
-    // 2. P and dS
-    if (strips.plain) {
-      recompute<E, true>(b, q, dout, 0, nq, {0, b.nk_padded}, d, d_v, lse2, delta, need_ds);
-    } else {
-      for (int s = 0; s < strips.count; s++) {
-        const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
-        const Interval keys = strips.keys[s];
-        for (index_t i = begin; i < end; i++)
-          for (index_t k = 0; k < b.nk_padded; k += W<T>)
-            if (k < keys.low || k >= keys.high) {
-              store(b.p + i * BACK_KEYS + k, Vec<T>{});
-              store(b.ds + i * BACK_KEYS + k, Vec<T>{});
-              if (b.bent) store(b.bent + i * BACK_KEYS + k, Vec<T>{});
-            }
-        if (!strips.whole)
-          recompute<E, false>(b, q, dout, begin, end, keys, d, d_v, lse2, delta, need_ds);
-      }
-      if (strips.whole)
-        recompute<E, false>(b, q, dout, 0, nq, {0, b.nk_padded}, d, d_v, lse2, delta, need_ds);
-      for (int s = 0; s < strips.count; s++)
-        rule_probabilities<T>(b, rules, s * STRIP, min_index(s * STRIP + STRIP, nq), strips.keys[s],
-                              lse2, delta, need_ds);
-    }
-    const T* ds = b.bent ? b.bent : b.ds;  // by scale * q k^T; b.ds is by the bias
+  const BackwardHead& h;
+  const bool need_ds, q_in_place, dout_in_place;
+  // Of the block of queries at hand
+  Strips strips{};
+  Operands<T> x{};
+  bool careful = false;
 
-    // 3. dv += P^T dout, dk += dS^T q (scaled at the end)
-    const Operands<T> x = operands<E>(b, qm, dm, q, dout, q0, nq, h, need_ds, ds);
-    const bool careful =
-        !strips.plain && !(finite_rows<E>(x.q, nq, h.d) && finite_rows<E>(x.dout, nq, h.d_v) &&
-                           finite_rows<E>(x.k, b.nk, h.d));
-    if (h.dv.data) {
-      if (careful)
-        careful_accumulate<E>(b, x.p, nq, true, x.dout, h.d_v, b.dv, b.ld_v);
-      else
-        accumulate_keys<E>(b, strips, x.p, nq, x.dout, h.d_v, b.dv, b.ld_v);
-    }
-    if (h.dk.data) {
-      if (careful)
-        careful_accumulate<E>(b, x.ds, nq, true, x.q, h.d, b.dk, b.ld);
-      else
-        accumulate_keys<E>(b, strips, x.ds, nq, x.q, h.d, b.dk, b.ld);
-    }
-
-    // 4. dq += dS k (k is scaled), dbias += dS
-    wait(h, dq_turn);
-    if (h.dq.data) {
-      T* dq = reinterpret_cast<T*>(h.dq.data + g * h.dq_head + q0 * h.dq.row);
-      const index_t dq_row = h.dq.row / index_t(sizeof(T));
-      if (careful)
-        careful_accumulate<E>(b, x.ds_rows, nq, false, x.k, h.d, dq, dq_row);
-      else
-        accumulate_queries<E>(b, strips, x.ds_rows, x.k, nq, h.d, dq, dq_row);
-    }
-    if (h.dbias.data && bias_per_key) {
-      accumulate_bias<T>(b, strips, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(T))}, nq);
-    } else if (h.dbias.data) {
-      wait(h, bias_turn);
-      accumulate_bias<T>(b, strips,
-                         {h.dbias.data + g * h.dbias_head + q0 * h.dbias.row + b.k0 * h.dbias.col,
-                          h.dbias.row, h.dbias.col},
-                         nq);
+  FA_INLINE_MEMBER MultiplyAddBackward(const BackwardHead& head, index_t key_block, Layout& scratch)
+      : h(head),
+        need_ds(head.dq.data || head.dk.data || head.dbias.data),
+        q_in_place(!splits(head) && is_ready<E>(head.q, head.d) &&
+                   (PAIRS<E> || head.d % W<T> == 0)),
+        dout_in_place(is_ready<E>(head.dout, head.d_v) && (PAIRS<E> || head.d_v % W<T> == 0)) {
+    constexpr index_t pairs = BACK_QUERIES * BACK_KEYS;
+    Block& b = *this;
+    b.k0 = key_block * BACK_KEYS;
+    b.nk = min_index(BACK_KEYS, h.sk - b.k0);
+    b.nk_padded = round_up<T>(b.nk);
+    b.ld = round_up<T>(h.d);
+    b.ld_v = round_up<T>(h.d_v);
+    const Factors factors = logit_factors<T>(h.scale, h.rules);
+    b.factor = T(factors.before);
+    b.q_factor = splits(h) ? b.factor : T(1);
+    b.after = T(factors.after / double(b.q_factor));
+    b.kt = scratch.take<T>(h.d * BACK_KEYS);
+    b.vt = scratch.take<T>(h.d_v * BACK_KEYS);
+    b.p = scratch.take<T>(pairs);
+    b.ds = scratch.take<T>(pairs);
+    b.dense = scratch.take<T>(pairs);
+    b.bent = h.rules.softcap > 0 ? scratch.take<T>(pairs) : nullptr;
+    b.keep = h.rules.dropout.threshold ? scratch.take<T>(pairs) : nullptr;
+    b.k = scratch.take<T>(BACK_KEYS * b.ld);
+    b.dk = scratch.take<T>(BACK_KEYS * b.ld);
+    b.dv = scratch.take<T>(BACK_KEYS * b.ld_v);
+    b.dbias = scratch.take<T>(BACK_KEYS);
+    b.q_copy = scratch.take<T>(q_in_place ? 0 : BACK_QUERIES * b.ld);
+    b.dout_copy = scratch.take<T>(dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
+    if constexpr (PAIRS<E>) {
+      b.p_words = scratch.take<T>(pairs / 2);
+      b.ds_words = scratch.take<T>(pairs / 2);
+      b.ds_rows = scratch.take<T>(pairs / 2);
+      b.k_words = scratch.take<T>(BACK_KEYS / 2 * b.ld);
+      b.q_words = scratch.take<T>(BACK_QUERIES / 2 * b.ld);
+      b.dout_words = scratch.take<T>(BACK_QUERIES / 2 * b.ld_v);
     }
   }
-  pass_on(h, dq_turn);
-  if (!bias_per_key) pass_on(h, bias_turn);
-}
-
-// A bias broadcast over queries gathers its gradient in scratch first, one sum a key; it joins
-// dbias after the last query.
-template <class T>
-FA_NOINLINE void finish_bias(const BackwardHead& h, const BackwardBlock<T>& b, index_t g) {
-  const Turn turn = turn_at(h.bias_turns, g, 0);
-  wait(h, turn);
-  for (index_t k = 0; k < b.nk; k++)
-    *reinterpret_cast<T*>(h.dbias.data + g * h.dbias_head + (b.k0 + k) * h.dbias.col) += b.dbias[k];
-  pass_on(h, turn);
-  __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
-}
-
-template <class E> FA_ENTRY size_t backward_scratch(const BackwardHead& h) {
-  using T = Compute<E>;
-  const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.d_v);
-  const index_t elements = BACK_KEYS * (h.d + h.d_v) + 2 * BACK_KEYS * ld + BACK_KEYS * ld_v +
-                           BACK_QUERIES * (ld + ld_v) + 5 * BACK_QUERIES * BACK_KEYS + BACK_KEYS;
-  const index_t in_words =
-      PAIRS<E> ? BACK_KEYS / 2 * ld + BACK_QUERIES / 2 * (3 * BACK_KEYS + ld + ld_v) : 0;
-  return size_t(elements + in_words) * sizeof(T) + 24 * 64;
-}
-
-template <class E> FA_ENTRY void backward(const BackwardHead& h, index_t key_block, void* scratch) {
-  using T = Compute<E>;
-  char* free = static_cast<char*>(scratch);
-  BackwardBlock<T> b;
-  b.k0 = key_block * BACK_KEYS;
-  b.nk = min_index(BACK_KEYS, h.sk - b.k0);
-  b.nk_padded = round_up<T>(b.nk);
-  b.ld = round_up<T>(h.d);
-  b.ld_v = round_up<T>(h.d_v);
-  b.kt = carve<T>(free, h.d * BACK_KEYS);
-  b.vt = carve<T>(free, h.d_v * BACK_KEYS);
-  b.p = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-  b.ds = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-  b.dense = carve<T>(free, BACK_QUERIES * BACK_KEYS);
-  b.bent = h.rules.softcap > 0 ? carve<T>(free, BACK_QUERIES * BACK_KEYS) : nullptr;
-  b.keep = h.rules.dropout.threshold ? carve<T>(free, BACK_QUERIES * BACK_KEYS) : nullptr;
-  b.k = carve<T>(free, BACK_KEYS * b.ld);
-  b.dk = carve<T>(free, BACK_KEYS * b.ld);
-  b.dv = carve<T>(free, BACK_KEYS * b.ld_v);
-  b.dbias = carve<T>(free, BACK_KEYS);
-  const Factors factors = logit_factors<T>(h.scale, h.rules);
-  b.factor = T(factors.before);
   // An extraordinary scale goes on q and k alike: neither S nor dk then holds sums too small for a
   // number.
-  const bool split = !PAIRS<E> && factors.after != 1;
-  b.q_factor = split ? b.factor : T(1);
-  b.after = T(factors.after / double(b.q_factor));
-  const bool q_in_place = !split && is_ready<E>(h.q, h.d) && (PAIRS<E> || h.d % W<T> == 0);
-  const bool dout_in_place = is_ready<E>(h.dout, h.d_v) && (PAIRS<E> || h.d_v % W<T> == 0);
-  b.q_copy = carve<T>(free, q_in_place ? 0 : BACK_QUERIES * b.ld);
-  b.dout_copy = carve<T>(free, dout_in_place ? 0 : BACK_QUERIES * b.ld_v);
-
-  if constexpr (PAIRS<E>) {
-    b.p_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
-    b.ds_words = carve<T>(free, BACK_QUERIES / 2 * BACK_KEYS);
-    b.ds_rows = carve<T>(free, BACK_QUERIES * BACK_KEYS / 2);
-    b.k_words = carve<T>(free, BACK_KEYS / 2 * b.ld);
-    b.q_words = carve<T>(free, BACK_QUERIES / 2 * b.ld);
-    b.dout_words = carve<T>(free, BACK_QUERIES / 2 * b.ld_v);
-    pack_words(h.k, b.k0, b.nk, h.d, b.kt, BACK_KEYS);
-    pack_words(h.v, b.k0, b.nk, h.d_v, b.vt, BACK_KEYS);
-    interleave_rows(h.k, b.k0, b.nk, h.d, b.k_words, b.ld);
-  } else {
-    pack_transposed<E>(h.k, b.k0, b.nk, h.d, b.factor, b.kt, BACK_KEYS);
-    pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
-    copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.k_scale), b.k, b.ld);
-  }
-  __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
-  __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
-  __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
-
-  for (index_t g = 0; g < h.group; g++) {
-    for (index_t q0 = 0; q0 < h.sq; q0 += BACK_QUERIES)
-      backward_tile<E>(h, b, g, q0, min_index(BACK_QUERIES, h.sq - q0), q_in_place, dout_in_place);
-    if (h.dbias.data && h.dbias.row == 0) finish_bias<T>(h, b, g);
+  FA_INLINE_MEMBER static bool splits(const BackwardHead& h) {
+    return !PAIRS<E> && logit_factors<T>(h.scale, h.rules).after != 1;
   }
 
-  const T dk_scale = PAIRS<E> ? T(1) : T(h.scale / double(b.q_factor));  // pairs: dS was scaled
-  if (h.dk.data) store_rows<E>(b.dk, b.ld, dk_scale, h.dk, b.k0, b.nk, h.d);
-  if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
+  // The keys become operands, and nothing is summed up yet.
+  FA_INLINE_MEMBER void take_keys() {
+    Block& b = *this;
+    if constexpr (PAIRS<E>) {
+      pack_words(h.k, b.k0, b.nk, h.d, b.kt, BACK_KEYS);
+      pack_words(h.v, b.k0, b.nk, h.d_v, b.vt, BACK_KEYS);
+      interleave_rows(h.k, b.k0, b.nk, h.d, b.k_words, b.ld);
+    } else {
+      pack_transposed<E>(h.k, b.k0, b.nk, h.d, b.factor, b.kt, BACK_KEYS);
+      pack_transposed<E>(h.v, b.k0, b.nk, h.d_v, T(1), b.vt, BACK_KEYS);
+      copy_rows<E>(h.k, b.k0, b.nk, h.d, T(h.k_scale), b.k, b.ld);
+    }
+    __builtin_memset(b.dk, 0, size_t(BACK_KEYS * b.ld) * sizeof(T));
+    __builtin_memset(b.dv, 0, size_t(BACK_KEYS * b.ld_v) * sizeof(T));
+    __builtin_memset(b.dbias, 0, BACK_KEYS * sizeof(T));
+  }
+  FA_INLINE_MEMBER bool begin(const QueryBlock& block) {
+    const Block& b = *this;
+    const index_t q0 = block.q0, nq = block.nq;
+    if (!prepare_strips<E>(block.rules, b, q0, nq, strips)) return false;
+    const Rows<T> q = query_rows<E>(block.q, q0, nq, h.d, b.q_copy, b.ld, q_in_place, b.q_factor),
+                  dout =
+                      query_rows<E>(block.dout, q0, nq, h.d_v, b.dout_copy, b.ld_v, dout_in_place);
+    probabilities_by_rules<E>(b, block.rules, strips, q, dout, nq, words<E>(h.d), words<E>(h.d_v),
+                              reinterpret_cast<const T*>(block.lse2),
+                              reinterpret_cast<const T*>(block.delta), need_ds);
+    // dv += P^T dout, dk += dS^T q (scaled at the end)
+    const T* by_product = b.bent ? b.bent : b.ds;  // by scale * q k^T; b.ds is by the bias
+    x = operands<E>(b, block.q, block.dout, q, dout, q0, nq, h, need_ds, by_product);
+    careful =
+        !strips.plain && !(finite_rows<E>(x.q, nq, h.d) && finite_rows<E>(x.dout, nq, h.d_v) &&
+                           finite_rows<E>(x.k, b.nk, h.d));
+    if (h.dv.data) add_to_keys(x.p, nq, x.dout, h.d_v, b.dv, b.ld_v);
+    if (h.dk.data) add_to_keys(x.ds, nq, x.q, h.d, b.dk, b.ld);
+    return true;
+  }
+  FA_INLINE_MEMBER void add_to_keys(const T* a, index_t nq, Rows<T> rows, index_t n, T* c,
+                                    index_t c_row) {
+    if (careful)
+      careful_accumulate<E>(*this, a, nq, true, rows, n, c, c_row);
+    else
+      accumulate_keys<E>(*this, strips, a, nq, rows, n, c, c_row);
+  }
+  FA_INLINE_MEMBER void add_dq(const QueryBlock& block) {  // dq += dS k (k is scaled)
+    T* dq = reinterpret_cast<T*>(h.dq.data + block.g * h.dq_head + block.q0 * h.dq.row);
+    const index_t dq_row = h.dq.row / index_t(sizeof(T));
+    if (careful)
+      careful_accumulate<E>(*this, x.ds_rows, block.nq, false, x.k, h.d, dq, dq_row);
+    else
+      accumulate_queries<E>(*this, strips, x.ds_rows, x.k, block.nq, h.d, dq, dq_row);
+  }
+  FA_INLINE_MEMBER void add_dbias(const Matrix& to, index_t nq) {
+    accumulate_bias<T>(*this, strips, to, nq);
+  }
+  FA_INLINE_MEMBER void end() {
+    const Block& b = *this;
+    const T dk_scale = PAIRS<E> ? T(1) : T(h.scale / double(b.q_factor));  // pairs: dS was scaled
+    if (h.dk.data) store_rows<E>(b.dk, b.ld, dk_scale, h.dk, b.k0, b.nk, h.d);
+    if (h.dv.data) store_rows<E>(b.dv, b.ld_v, T(h.rules.dropout.scale), h.dv, b.k0, b.nk, h.d_v);
+  }
+};
+
+template <class E> FA_ENTRY size_t backward_scratch(const BackwardHead& h) {
+  Layout measure(nullptr);
+  MultiplyAddBackward<E>(h, 0, measure);
+  return measure.bytes();
+}
+template <class E> FA_ENTRY void backward(const BackwardHead& h, index_t key_block, void* scratch) {
+  Layout layout(scratch);
+  MultiplyAddBackward<E> engine(h, key_block, layout);
+  engine.take_keys();
+  backward_over_queries(engine, h);
+  engine.end();
 }
 
 }  // namespace

@@ -3,17 +3,13 @@
 #pragma once
 
 #include "kernel/attention/backward_pairs.h"
+#include "kernel/attention/pair_gradients.h"
 #include "kernel/rules/logits.h"
 #include "kernel/vector/tanh.h"
 #include "kernel/vector/tile.h"
 
 namespace fusedattn {
 namespace {
-
-// P = exp2(s - lse2). It is at most 1; huge logits have rounding errors that would say otherwise.
-template <class T> FA_INLINE Vec<T> probability(Vec<T> s, Vec<T> lse2) {
-  return exp2<T>(min_or_second<T>(Vec<T>{}, s - lse2));
-}
 
 // P and dS of one register tile, or, where rules change them, S and dP in their places.
 template <class E, int NI, int NJ, bool PLAIN, class T = Compute<E>>
@@ -52,31 +48,25 @@ template <class T>
 FA_NOINLINE void rule_probabilities(const BackwardBlock<T>& b, const Rules& rules, index_t begin,
                                     index_t end, Interval keys, const T* lse2, const T* delta,
                                     bool need_ds) {
-  const Vec<T> zero{}, one = splat(T(1)), cap = splat(T(rules.softcap) * T(LOG2E)),
-                       kept = splat(T(rules.dropout.scale)), after = splat(b.after);
+  const Softcap<T> softcap(rules);
+  const Vec<T> zero{}, kept = splat(T(rules.dropout.scale)), after = splat(b.after);
   for (index_t i = begin; i < end; i++) {
     const Vec<T> l = splat(lse2[i]), dl = splat(delta[i]);
     for (index_t at = i * BACK_KEYS + keys.low; at < i * BACK_KEYS + keys.high; at += W<T>) {
       const Vec<T> add = load(b.dense + at);
       const IntVec<T> masked = add == splat(-Bits<T>::infinity);
-      Vec<T> s = load(b.p + at) * after, slope = one;
+      Vec<T> s = load(b.p + at) * after, bent{};
       if (b.bent) {
-        const Vec<T> t = tanh<T>(s);
-        slope = one - t * t;
-        s = cap * t;
+        bent = tanh<T>(s);
+        s = softcap.bent(bent);
       }
-      Vec<T> p = probability<T>(s + add, l);
-      p = masked ? zero : p;
-      Vec<T> dp = load(b.ds + at);
-      if (b.keep) dp *= load(b.keep + at) * kept;
-      if (need_ds) {
-        Vec<T> ds = p * (dp - dl);
-        ds = masked ? zero : ds;
-        store(b.ds + at, ds);
-        ds *= slope;
-        if (b.bent) store(b.bent + at, masked ? zero : ds);
-      }
-      store(b.p + at, b.keep ? p * load(b.keep + at) : p);
+      const PairGradients<T> x = pair_gradients<T>(
+          s + add, l, load(b.ds + at), dl, b.bent, bent, b.keep ? b.keep + at : nullptr, kept,
+          [&](Vec<T> y) FA_LAMBDA { return masked ? zero : y; });
+      store(b.p + at, x.p);
+      if (!need_ds) continue;
+      store(b.ds + at, x.ds);
+      if (b.bent) store(b.bent + at, x.by_product);
     }
   }
 }
@@ -113,6 +103,33 @@ FA_INLINE void recompute(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, ind
     }
     key += nj * W<T>;
   }
+}
+
+// P and dS of a block of nq queries, wherever the strips look, by every rule.
+template <class E, class T = Compute<E>>
+FA_INLINE void probabilities_by_rules(const BackwardBlock<T>& b, const Rules& rules,
+                                      const Strips& strips, Rows<T> q, Rows<T> dout, index_t nq,
+                                      index_t d, index_t d_v, const T* lse2, const T* delta,
+                                      bool need_ds) {
+  const Interval all{0, b.nk_padded};
+  if (strips.plain) return recompute<E, true>(b, q, dout, 0, nq, all, d, d_v, lse2, delta, need_ds);
+  for (int s = 0; s < strips.count; s++) {
+    const index_t begin = s * STRIP, end = min_index(begin + STRIP, nq);
+    const Interval keys = strips.keys[s];
+    for (index_t i = begin; i < end; i++)
+      for (index_t k = 0; k < b.nk_padded; k += W<T>)
+        if (k < keys.low || k >= keys.high) {
+          store(b.p + i * BACK_KEYS + k, Vec<T>{});
+          store(b.ds + i * BACK_KEYS + k, Vec<T>{});
+          if (b.bent) store(b.bent + i * BACK_KEYS + k, Vec<T>{});
+        }
+    if (!strips.whole)
+      recompute<E, false>(b, q, dout, begin, end, keys, d, d_v, lse2, delta, need_ds);
+  }
+  if (strips.whole) recompute<E, false>(b, q, dout, 0, nq, all, d, d_v, lse2, delta, need_ds);
+  for (int s = 0; s < strips.count; s++)
+    rule_probabilities<T>(b, rules, s * STRIP, min_index(s * STRIP + STRIP, nq), strips.keys[s],
+                          lse2, delta, need_ds);
 }
 
 // c (keys x n) += a^T rows if by_key, else c (queries x n) += a rows, leaving out the (query, key)

@@ -17,16 +17,16 @@ template <class E> FA_ENTRY void delta(const DeltaHead& h, index_t begin, index_
     Vec<T> sum[W<T>] = {};
     for (int r = 0; r < rows; r++) {
       const char *o = h.out.data + (q + r) * h.out.row, *g = h.dout.data + (q + r) * h.dout.row;
-      for (index_t at = 0; at < h.dv * index_t(sizeof(E)) && q + r + 8 < end; at += 64) {
+      for (index_t at = 0; at < h.d_v * index_t(sizeof(E)) && q + r + 8 < end; at += 64) {
         prefetch_near(o + 8 * h.out.row + at);
         prefetch_near(g + 8 * h.dout.row + at);
       }
       index_t c = 0;
       if (native)
-        for (; c + W<T> <= h.dv; c += W<T>)
+        for (; c + W<T> <= h.d_v; c += W<T>)
           sum[r] = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum[r]);
-      for (; c < h.dv; c += W<T>) {
-        const int n = int(min_index(W<T>, h.dv - c));
+      for (; c < h.d_v; c += W<T>) {
+        const int n = int(min_index(W<T>, h.d_v - c));
         sum[r] = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
                         gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum[r]);
       }

@@ -25,38 +25,6 @@ template <class T> FA_INLINE Vec<T> dense_at(const Dense<T>& d, index_t key, int
   return d.vector_step ? load(p + j * d.vector_step) : splat(*p);
 }
 
-// What the mask says of one block of keys. It is read row by row for several blocks at once: rows
-// may be pages apart.
-template <class T> FA_NOINLINE void read_covers(const Matrix& mask, Queries<T>& x, index_t block) {
-  const index_t queries = mask.row == 0 ? 1 : x.count;
-  Seen seen[COVERS];
-  bool open = true;
-  for (index_t q = 0; q < queries && open; q++) {
-    const char* row = mask.data + (x.first + q) * mask.row;
-    for (index_t k = block; mask.col == 1 && k < block + COVERS * KEY_BLOCK; k += 64)
-      prefetch_far(row + 2 * mask.row + k);
-    open = false;
-    for (int i = 0; i < COVERS; i++) {
-      const index_t from = max_index(block + i * KEY_BLOCK, x.keys.any.low),
-                    to = min_index(block + (i + 1) * KEY_BLOCK, x.keys.any.high);
-      if (from >= to || seen[i].decided()) continue;
-      seen[i].add_row(row + from * mask.col, mask.col, mask.col == 0 ? 1 : to - from);
-      open |= !seen[i].decided();
-    }
-  }
-  for (int i = 0; i < COVERS; i++) x.cover[i] = seen[i].cover();
-  x.covered = block;
-  x.uncovered = block + COVERS * KEY_BLOCK;
-}
-template <class T> FA_INLINE Cover cover_of(const Rules& rules, Queries<T>& x, index_t block) {
-  static_assert(KEY_BLOCK == COVER_KEYS);
-  if (!rules.mask.data) return Cover::all;
-  if (rules.covers.said && x.first % COVER_ROWS == 0)
-    return shared_cover(rules, x.first, x.count, block);
-  if (block >= x.uncovered) read_covers<T>(rules.mask, x, block);
-  return x.cover[(block - x.covered) / KEY_BLOCK];
-}
-
 // The queries in W lanes from r on; the last one again where there are no more.
 template <class T>
 FA_INLINE void dense_queries(const Queries<T>& x, index_t r, index_t (&query)[W<T>]) {

@@ -146,11 +146,26 @@ FA_INLINE void few_scores_of(int count, Row<T>* rows, index_t n, const char* k, 
   if (r < count) few_scores<S, 1>(rows + r, n, k, k_row, v, v_row, v_bytes, d, factor);
 }
 
-template <class E> FA_ENTRY size_t few_scratch(const ForwardHead& h) {
+// The memory of one call.
+template <class E> struct FewScratch {
   using T = Compute<E>;
-  const index_t elements = FEW * (round_up<T>(h.d) + round_up<T>(h.dv) + 2 * KEY_BLOCK) +
-                           KEY_BLOCK * (round_up<T>(h.d) + round_up<T>(h.dv));
-  return size_t(elements) * sizeof(T) + (4 * FEW + 4) * 64;
+  index_t ld, ld_v;  // d and d_v rounded up to W
+  T *q, *o, *p, *dense, *k_copy, *v_copy;
+
+  FA_INLINE_MEMBER FewScratch(const ForwardHead& h, Layout& scratch)
+      : ld(round_up<T>(h.d)), ld_v(round_up<T>(h.d_v)) {
+    q = scratch.take<T>(FEW * ld);
+    o = scratch.take<T>(FEW * ld_v);
+    p = scratch.take<T>(FEW * KEY_BLOCK);
+    dense = scratch.take<T>(FEW * KEY_BLOCK);
+    k_copy = scratch.take<T>(KEY_BLOCK * ld);
+    v_copy = scratch.take<T>(KEY_BLOCK * ld_v);
+  }
+};
+template <class E> FA_ENTRY size_t few_scratch(const ForwardHead& h) {
+  Layout measure(nullptr);
+  FewScratch<E>(h, measure);
+  return measure.bytes();
 }
 
 // All queries of `group` heads that share one key/value head; at most FEW in all.
@@ -158,40 +173,25 @@ template <class E>
 FA_ENTRY void forward_few(const ForwardHead* heads, index_t group, void* scratch) {
   using T = Compute<E>;
   const ForwardHead& h = heads[0];
-  char* free = static_cast<char*>(scratch);
-  const index_t ld = round_up<T>(h.d), ld_v = round_up<T>(h.dv);
-  T *q = carve<T>(free, FEW * ld), *o = carve<T>(free, FEW * ld_v);
-  T *p = carve<T>(free, FEW * KEY_BLOCK), *dense = carve<T>(free, FEW * KEY_BLOCK);
-  T *k_copy = carve<T>(free, KEY_BLOCK * ld), *v_copy = carve<T>(free, KEY_BLOCK * ld_v);
+  Layout layout(scratch);
+  const FewScratch<E> own(h, layout);
+  const index_t ld = own.ld, ld_v = own.ld_v;
+  T *k_copy = own.k_copy, *v_copy = own.v_copy;
   const bool paged = h.pages.table;
   const bool k_native = !paged && is_native<E>(h.k) && (!PAIRS<E> || h.d % 2 == 0);
-  const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.dv % W<T> == 0;
+  const bool v_ready = !paged && sizeof(E) == sizeof(T) && is_native<E>(h.v) && h.d_v % W<T> == 0;
   const T factor = T(logit_factors<T>(h.scale, h.rules).before);
 
   Row<T> rows[FEW];
-  int count = 0;
-  Interval any{h.sk, 0};
-  for (index_t g = 0; g < group; g++)
-    for (index_t i = 0; i < h.sq; i++, count++) {
-      Row<T>& x = rows[count];
-      x = {heads + g,
-           i,
-           visible_keys(heads[g].rules, i),
-           q + count * ld,
-           o + count * ld_v,
-           p + count * KEY_BLOCK,
-           dense + count * KEY_BLOCK,
-           Bits<T>::lowest,
-           0,
-           0,
-           1,
-           false,
-           false};
-      copy_operands<E>(heads[g].q, i, 1, h.d, factor, x.q, ld);
-      __builtin_memset(x.o, 0, size_t(ld_v) * sizeof(T));
-      if (x.keys.low >= x.keys.high) continue;
-      any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
-    }
+  int count;
+  const Interval any = begin_rows(heads, group, rows, count, [&](Row<T>& x, int r) FA_LAMBDA {
+    x.q = own.q + r * ld;
+    x.o = own.o + r * ld_v;
+    x.p = own.p + r * KEY_BLOCK;
+    x.dense = own.dense + r * KEY_BLOCK;
+    copy_operands<E>(x.head->q, x.query, 1, h.d, factor, x.q, ld);
+    __builtin_memset(x.o, 0, size_t(ld_v) * sizeof(T));
+  });
 
   for (index_t block = any.low / KEY_BLOCK * KEY_BLOCK; block < any.high; block += KEY_BLOCK) {
     index_t k0 = max_index(block, any.low);
@@ -201,7 +201,7 @@ FA_ENTRY void forward_few(const ForwardHead* heads, index_t group, void* scratch
     // 1. scores
     const char *k = h.k.data + k0 * h.k.row, *v = h.v.data + k0 * h.v.row;
     const index_t k_bytes = h.d * index_t(sizeof(E)),
-                  v_bytes = paged ? 0 : h.dv * index_t(sizeof(E));  // nothing to fetch ahead
+                  v_bytes = paged ? 0 : h.d_v * index_t(sizeof(E));  // nothing to fetch ahead
     if (k_native) {
       few_scores_of<E>(count, rows, n, k, h.k.row, v, h.v.row, v_bytes, words<E>(h.d), factor);
     } else {
@@ -222,13 +222,13 @@ FA_ENTRY void forward_few(const ForwardHead* heads, index_t group, void* scratch
     // 3. O = O * rescale + P V
     Rows<T> vr{v_copy, ld_v};
     if (paged)
-      copy_value_pages<E>(h.v, h.pages, k0, n, h.dv, v_copy, ld_v);
+      copy_value_pages<E>(h.v, h.pages, k0, n, h.d_v, v_copy, ld_v);
     else if constexpr (PAIRS<E>)
-      interleave_rows(h.v, k0, n, h.dv, v_copy, ld_v);
+      interleave_rows(h.v, k0, n, h.d_v, v_copy, ld_v);
     else
-      vr = rows_at<E>(h.v, k0, n, h.dv, v_copy, ld_v, v_ready);
+      vr = rows_at<E>(h.v, k0, n, h.d_v, v_copy, ld_v, v_ready);
     const char* next = !paged && k0 + 2 * n <= any.high ? k + n * h.k.row : nullptr;
-    if (masked && !finite_values<E>(vr, 0, n, h.dv)) {
+    if (masked && !finite_values<E>(vr, 0, n, h.d_v)) {
       for (int r = 0; r < count; r++)
         rows[r].has_dense ? few_careful_values<E>(rows[r], n_words, vr, ld_v)
                           : few_values<E, 1>(rows + r, n_words, vr, ld_v, nullptr, 0, 0);

@@ -13,11 +13,35 @@ template <class T> struct Row {
   const ForwardHead* head;
   index_t query;
   Interval keys;
-  T *q, *o, *p, *dense;  // (d) scaled, or words; (d_v) sum of P V; (KEY_BLOCK) logits, then P (in
-                         // words of two keys); mask and bias
+  T* q;                        // (d) scaled, or words
+  T* o;                        // (d_v) sum of P V
+  T* p;                        // (KEY_BLOCK) logits, then P (in words of two keys)
+  T* dense;                    // (KEY_BLOCK) what mask and bias add
   T max, sum, total, rescale;  // total: the sum of what P is rounded to
   bool seen, has_dense;
 };
+// The rows of `group` heads that share keys; place(row, its number) gives each its memory and
+// operands. Returns where keys lie that some row sees, and how many rows there are.
+template <class T, class F>
+FA_INLINE Interval begin_rows(const ForwardHead* heads, index_t group, Row<T>* rows, int& count,
+                              F&& place) {
+  Interval any{heads[0].sk, 0};
+  count = 0;
+  for (index_t g = 0; g < group; g++)
+    for (index_t i = 0; i < heads[g].sq; i++, count++) {
+      Row<T>& x = rows[count];
+      x = {};
+      x.head = heads + g;
+      x.query = i;
+      x.keys = visible_keys(heads[g].rules, i);
+      x.max = Bits<T>::lowest;
+      x.rescale = 1;
+      place(x, count);
+      if (x.keys.low >= x.keys.high) continue;
+      any = {min_index(any.low, x.keys.low), max_index(any.high, x.keys.high)};
+    }
+  return any;
+}
 
 #if defined(__AVX512BF16__)
 // Rounds P to words of two keys, n in all, and sums up what it is rounded to, like
@@ -44,7 +68,7 @@ FA_NOINLINE void few_rules(Row<T>& x, index_t k0, index_t n) {
     store(x.p + i, load(x.p + i) * splat(after));
   if (rules.softcap > 0)
     for (index_t i = 0; i < padded; i += W<T>)
-      store(x.p + i, splat(T(rules.softcap) * T(LOG2E)) * tanh<T>(load(x.p + i)));
+      store(x.p + i, Softcap<T>(rules).bent(tanh<T>(load(x.p + i))));
   x.has_dense = has_dense(rules, rules.mask.data != nullptr) || ragged;
   if (x.has_dense) {
     dense_rows<E>(rules, rules.mask.data != nullptr, ragged, x.query, x.query + 1, k0, n, x.dense,
@@ -109,7 +133,7 @@ FA_NOINLINE void finish_few(const Row<T>* rows, int count, index_t ld) {
   }
   for (int r = 0; r < count; r++) {
     const ForwardHead& h = *rows[r].head;
-    store_rows<E>(rows[r].o, ld, factor[r], h.out, rows[r].query, 1, h.dv);
+    store_rows<E>(rows[r].o, ld, factor[r], h.out, rows[r].query, 1, h.d_v);
     static_cast<T*>(h.lse)[rows[r].query] = lse[r];
   }
 }

@@ -47,7 +47,7 @@ template <class E, class T = Compute<E>>
 FA_NOINLINE void finish(const ForwardHead& h, Queries<T>& x) {
   alignas(64) T factor[LANES<T>];
   finish_sums(h, x, factor);
-  unpack_transposed<E>(x.o, x.vectors * W<T>, factor, h.out, x.first, x.count, h.dv);
+  unpack_transposed<E>(x.o, x.vectors * W<T>, factor, h.out, x.first, x.count, h.d_v);
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ FA_NOINLINE void exponentials_in_pairs(index_t n, float* p, const float* block_m
 template <int NQ>
 FA_NOINLINE void careful_values_in_pairs(index_t n, Rows<float> v, const float* p,
                                          const Dense<float> (&dense)[3], const index_t (&cut)[4],
-                                         index_t dv, float* o, const float* rescale) {
+                                         index_t d_v, float* o, const float* rescale) {
   using T = float;
   alignas(64) uint32_t seen[KEY_BLOCK / 2 * LANES<T>];  // all bits of an element: not masked
   for (index_t w = 0; w < n; w++)
@@ -81,7 +81,7 @@ FA_NOINLINE void careful_values_in_pairs(index_t n, Rows<float> v, const float* 
       }
       store(reinterpret_cast<float*>(seen) + (w * NQ + j) * W<T>, (Vec<T>)mask);
     }
-  for (index_t i = 0; i < dv; i++) FA_UNROLL
+  for (index_t i = 0; i < d_v; i++) FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     T* at = o + (i * NQ + j) * W<T>;
     Vec<T> acc{};

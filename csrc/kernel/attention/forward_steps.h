@@ -27,7 +27,7 @@ FA_INLINE void score_tile(Rows<T> k, const T* q, index_t d, T factor, T* p, Vec<
 // maximum over keys joins max_io. COLD: keys and values come from memory and are fetched, keys a
 // tile ahead.
 template <class E, int NQ, bool COLD, class T = Compute<E>>
-FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t dv,
+FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, index_t d_v,
                         T factor, T* p, T* max_io) {
   Vec<T> max[NQ];
   FA_UNROLL
@@ -36,7 +36,7 @@ FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, 
     for (index_t r = i; COLD && r < i + NI; r++) {
       for (index_t c = 0; c < d; c += LINE<T>) prefetch_near(k.data + (r + NI) * k.ld + c);
       if constexpr (!PAIRS<E>)  // whose values were copied to scratch just now
-        for (index_t c = 0; c < dv; c += LINE<T>) prefetch_far(v.data + r * v.ld + c);
+        for (index_t c = 0; c < d_v; c += LINE<T>) prefetch_far(v.data + r * v.ld + c);
     }
     score_tile<E, NI, NQ>({k.data + i * k.ld, k.ld}, q, d, factor, p + i * NQ * W<T>, max);
   });
@@ -92,8 +92,8 @@ FA_INLINE void value_tile(Rows<T> v, const T* p, T* o, const T* rescale, index_t
 // o[dim][query] = o * rescale + sum over n keys (pairs: words of two keys) of v[key][dim] *
 // p[key][query]
 template <class E, int NQ, class T = Compute<E>>
-FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t dv, T* o, const T* rescale) {
-  in_tiles<tile_rows<NQ>>(dv, [&]<int NI>(index_t i) FA_LAMBDA {
+FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t d_v, T* o, const T* rescale) {
+  in_tiles<tile_rows<NQ>>(d_v, [&]<int NI>(index_t i) FA_LAMBDA {
     value_tile<E, NI, NQ>({v.data + i, v.ld}, p, o + i * NQ * W<T>, rescale, n);
   });
 }
@@ -101,9 +101,9 @@ FA_NOINLINE void values(index_t n, Rows<T> v, const T* p, index_t dv, T* o, cons
 // The same where V holds something that is not finite and P marks masked entries by -1: 0 * NaN
 // must not happen.
 template <class T, int NQ>
-FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t dv, T* o,
+FA_NOINLINE void careful_values(index_t n, Rows<T> v, const T* p, index_t d_v, T* o,
                                 const T* rescale) {
-  for (index_t i = 0; i < dv; i++) FA_UNROLL
+  for (index_t i = 0; i < d_v; i++) FA_UNROLL
   for (int j = 0; j < NQ; j++) {
     T* at = o + (i * NQ + j) * W<T>;
     Vec<T> acc{};

@@ -1,14 +1,13 @@
 // The queries that forward takes at once and their running softmax.
 #pragma once
 
-#include "kernel/rules/cover.h"
+#include "kernel/rules/intervals.h"
 #include "kernel/vector/tile.h"
 
 namespace fusedattn {
 namespace {
 
 inline constexpr index_t KEY_BLOCK = 128;
-inline constexpr int COVERS = 8;  // blocks that a mask is read of at once
 template <class T> inline constexpr int LINE = 64 / int(sizeof(T));  // elements in a cache line
 template <class T> inline constexpr int LANES = MAX_NJ * W<T>;  // queries in the widest sub-block
 
@@ -18,11 +17,9 @@ template <class T> struct Queries {
   int vectors;  // in use, ceil(count / W); also the row length of q, o and p in vectors
   Span keys;
   T* q;                 // (d, lanes)   Q^T * scale * log2(e); pairs: words of Q^T
-  T* o;                 // (dv, lanes)  sum of P V so far
+  T* o;                 // (d_v, lanes)  sum of P V so far
   T *max, *sum, *seen;  // (lanes); seen: 1 once a key was allowed
   T* total;             // (lanes) what o is divided by: sum, for pairs that of the rounded P
-  Cover cover[COVERS];  // what a mask says of blocks from `covered` on, up to `uncovered`
-  index_t covered, uncovered;
 };
 
 inline constexpr index_t RAGGED = 4;  // at most this part, 1/4, of a sub-block's keys

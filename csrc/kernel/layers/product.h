@@ -33,9 +33,17 @@ template <class T> FA_INLINE index_t packed_size(index_t rows, index_t depth) {
   return tiles * (PRODUCT_ROWS * (round_up<T>(depth) + W<T>)+16);
 }
 
+// A block of A and a panel of B, packed.
+template <class T> struct ProductScratch {
+  T *a, *b;
+  FA_INLINE_MEMBER ProductScratch(const Product& p, index_t rows, Layout& scratch)
+      : a(scratch.take<T>(packed_size<T>(rows, depth_of(p.k)))),
+        b(scratch.take<T>(depth_of(p.k) * PANEL<T>)) {}
+};
 template <class T> FA_ENTRY size_t product_scratch(const Product& p, index_t rows) {
-  const index_t depth = depth_of(p.k);
-  return size_t(packed_size<T>(rows, depth) + depth * PANEL<T>) * sizeof(T) + 192;
+  Layout measure(nullptr);
+  ProductScratch<T>(p, rows, measure);
+  return measure.bytes();
 }
 
 // Elements from one tile of packed columns to the next; the last copy of a tile writes two too
@@ -272,10 +280,8 @@ FA_INLINE void product_block(const Product& p, index_t i0, index_t rows, index_t
 template <class T>
 FA_ENTRY void product(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
                       index_t next_rows, void* scratch) {
-  char* free = static_cast<char*>(scratch);
-  const index_t depth = depth_of(p.k);
-  T* a = carve<T>(free, packed_size<T>(rows, depth));
-  T* b = carve<T>(free, depth * PANEL<T>);
+  Layout layout(scratch);
+  const auto [a, b] = ProductScratch<T>(p, rows, layout);
   if (p.a.row == index_t(sizeof(T)) && (p.row_sums || p.a.col != index_t(sizeof(T))))
     product_block<T, true>(p, i0, rows, j0, j1, next_rows, a, b);
   else

@@ -7,8 +7,8 @@
 namespace fusedattn {
 namespace {
 
-// What the boolean mask says of a tile as a whole.
-enum class Cover { none, some, all };
+// Of the pairs of a block: are they hidden, or shown? Not looked at yet: unknown.
+enum class Cover : std::uint8_t { unknown, none, some, all };
 
 typedef uint8_t Bytes __attribute__((vector_size(FUSEDATTN_VECTOR_BYTES)));
 typedef uint8_t LooseBytes
@@ -21,6 +21,7 @@ FA_INLINE bool any_byte(Bytes b) {
   for (int i = 0; i < WIDE; i++) any |= w[i];
   return any != 0;
 }
+// What was seen so far of a block.
 struct Seen {
   bool any = false, all = true;
 
@@ -46,39 +47,53 @@ struct Seen {
     return decided() ? Cover::some : any ? Cover::all : Cover::none;
   }
 };
-FA_INLINE Cover mask_cover(const Matrix& mask, index_t q0, index_t nq, index_t k0, index_t nk) {
-  if (mask.row == 0) nq = min_index(nq, 1);
-  if (mask.col == 0) nk = min_index(nk, 1);
-  Seen seen;
-  for (index_t q = 0; q < nq && !seen.decided(); q++) {
-    const char* p = mask.data + (q0 + q) * mask.row + k0 * mask.col;
-    prefetch_far(p + DENSE_AHEAD * mask.col);
-    prefetch_far(p + (DENSE_AHEAD + 64) * mask.col);
-    seen.add_row(p, mask.col, nk);
+// Finds out what the mask says of one row of covers, for COVERS_AT_ONCE blocks of keys from
+// `column` on: a row of the mask may be pages from the next. Others may look at the same time, and
+// find the same.
+inline constexpr int COVERS_AT_ONCE = 16;
+FA_NOINLINE void look_at_mask(const Matrix& mask, const Covers& covers, index_t columns,
+                              index_t row, index_t column) {
+  const int count = int(min_index(COVERS_AT_ONCE, columns - column));
+  const index_t first = row * COVER_ROWS, last = min_index(first + COVER_ROWS, covers.queries);
+  Seen seen[COVERS_AT_ONCE];
+  bool open = true;
+  for (index_t q = first; q < last && open; q++) {
+    const char* p = mask.data + q * mask.row;
+    open = false;
+    for (int i = 0; i < count; i++) {
+      const index_t from = (column + i) * COVER_KEYS,
+                    to = min_index(from + COVER_KEYS, covers.keys);
+      if (mask.col == 1) prefetch_far(p + 2 * mask.row + from);
+      if (!seen[i].decided())
+        seen[i].add_row(p + from * mask.col, mask.col, mask.col ? to - from : 1);
+      open |= !seen[i].decided();
+    }
   }
-  return seen.cover();
+  std::uint8_t* said = covers.said + row * columns + column;
+  for (int i = 0; i < count; i++)
+    __atomic_store_n(said + i, std::uint8_t(seen[i].cover()), __ATOMIC_RELAXED);
 }
 
-// The same of queries [q0, q0 + nq), q0 a multiple of COVER_ROWS, and the keys of the block that
-// `key` lies in, from what heads share.
-FA_NOINLINE Cover shared_cover(const Rules& rules, index_t q0, index_t nq, index_t key) {
-  const Covers& c = rules.covers;
-  const index_t blocks = (c.sk + COVER_KEYS - 1) / COVER_KEYS, block = key / COVER_KEYS;
+// What the mask says of queries [q0, q0 + nq) and keys [k0, k0 + nk), or of a few more.
+FA_NOINLINE Cover cover_of(const Rules& rules, index_t q0, index_t nq, index_t k0, index_t nk) {
+  const Covers& covers = rules.covers;
+  if (!rules.mask.data) return Cover::all;
+  if (!covers.said) return Cover::some;
+  const index_t columns = (covers.keys + COVER_KEYS - 1) / COVER_KEYS;
+  const bool same = rules.mask.row == 0;  // for every query
+  const index_t first = same ? 0 : q0 / COVER_ROWS, last = same ? 0 : (q0 + nq - 1) / COVER_ROWS;
   bool any = false, all = true;
-  for (index_t q = q0; q < q0 + nq; q += COVER_ROWS) {
-    uint8_t& said = c.said[q / COVER_ROWS * blocks + block];
-    uint8_t known = __atomic_load_n(&said, __ATOMIC_RELAXED);
-    if (known == 0) {  // others may look at the same time, and find the same
-      const index_t k0 = block * COVER_KEYS;
-      known = uint8_t(mask_cover(rules.mask, q, min_index(COVER_ROWS, c.sq - q), k0,
-                                 min_index(COVER_KEYS, c.sk - k0))) +
-              1;
-      __atomic_store_n(&said, known, __ATOMIC_RELAXED);
+  for (index_t row = first; row <= last; row++)
+    for (index_t column = k0 / COVER_KEYS; column <= (k0 + nk - 1) / COVER_KEYS; column++) {
+      const std::uint8_t* said = covers.said + row * columns + column;
+      if (Cover(__atomic_load_n(said, __ATOMIC_RELAXED)) == Cover::unknown)
+        look_at_mask(rules.mask, covers, columns, row, column);
+      const Cover own = Cover(__atomic_load_n(said, __ATOMIC_RELAXED));
+      any |= own != Cover::none;
+      all &= own == Cover::all;
+      if (any && !all) return Cover::some;
     }
-    any |= Cover(known - 1) != Cover::none;
-    all &= Cover(known - 1) == Cover::all;
-  }
-  return all ? Cover::all : any ? Cover::some : Cover::none;
+  return all ? Cover::all : Cover::none;
 }
 
 // Of a mask that is the same for every query: leaves out keys of [k0, k1) that it hides at either

@@ -45,14 +45,21 @@ template <class T> FA_INLINE Factors logit_factors(double scale, const Rules& ru
   return {before, whole / before * unit};
 }
 
-// The dense part of a tile: what is added to its logits, times log2(e), where that is not the same
-// for all of them. ALiBi and bias; -inf where mask, segments or an interval forbid or the bias is
-// -inf. A bias so low that its product would be -inf stays finite: where all of a row is that low,
-// no key is masked.
+// softcap * tanh(x) in log2 units, for logits that were divided by the softcap, given tanh(x). By x
+// its slope is 1 - tanh^2.
+template <class T> struct Softcap {
+  Vec<T> cap;
+
+  FA_INLINE_MEMBER explicit Softcap(const Rules& rules) : cap(splat(T(rules.softcap) * T(LOG2E))) {}
+  FA_INLINE_MEMBER Vec<T> bent(Vec<T> tanh_x) const { return cap * tanh_x; }
+  FA_INLINE_MEMBER static Vec<T> slope(Vec<T> tanh_x) { return splat(T(1)) - tanh_x * tanh_x; }
+};
+
+// ---- What is added to logits, times log2(e), where that is not the same for all of them ----
 //
-// Backward and the few queries of decoding have keys in their lanes (dense_row), forward queries
-// (dense_tile): there a bias is transposed in registers, 4 shuffles for each vector of it, and a
-// mask four keys at a time, since the bytes of four keys are moved like one number.
+// ALiBi and bias; -inf where mask, segments or an interval forbid or the bias is -inf. A bias so
+// low that its product would be -inf stays finite: where all of a row is that low, no key is
+// masked.
 
 template <class T> FA_INLINE Vec<T> add_bias(Vec<T> bias, Vec<T> x) {
   const Vec<T> sum = fma<T>(bias, splat(T(LOG2E)), x);
@@ -86,18 +93,46 @@ template <class E> FA_INLINE bool is_native_bias(const Matrix& bias) {
   return is_native<E>({bias.data, 0, bias.col}) && bias.row % index_t(sizeof(E)) == 0;
 }
 
-// Rows of queries [begin, end) for keys [k0, k0 + n), `ld` elements apart, written up to a multiple
-// of W; -inf from n on. `ragged`: a query may see a part of the keys only.
+// ALiBi and bias of one query and W keys.
+template <class E> struct AddedToKeys {
+  using T = Compute<E>;
+  const Rules& rules;
+  const bool slanted, biased, native;
+  const Vec<T> slope;
+
+  // Which of them are looked for may be known at compile time.
+  FA_INLINE_MEMBER explicit AddedToKeys(const Rules& r, bool may_slant = true, bool may_bias = true)
+      : rules(r),
+        slanted(may_slant && r.alibi_slope != 0),
+        biased(may_bias && r.bias.data),
+        native(is_native_bias<E>(r.bias)),
+        slope(splat(T(-r.alibi_slope * LOG2E))) {}
+  // Of query q and the keys k0 + k to k0 + k + W, n of which exist. `bias`: as it is in the array.
+  template <bool FETCH>
+  FA_INLINE_MEMBER Vec<T> at(index_t q, index_t k0, index_t k, index_t n, Vec<T>& bias) const {
+    Vec<T> x{};
+    if (slanted)
+      x = alibi<T>(slope, splat(T(k)) + lane_numbers<T>(), splat(T(q + rules.q_offset - k0)));
+    if (biased) {
+      const char* p = rules.bias.data + q * rules.bias.row + (k0 + k) * rules.bias.col;
+      bias = load_bias<E, FETCH>(p, rules.bias.col, native, n);
+      x = add_bias<T>(bias, x);
+    }
+    return x;
+  }
+};
+
+// All that is added to queries [begin, end) and keys [k0, k0 + n): rows `ld` elements apart,
+// written up to a multiple of W; -inf from n on. `ragged`: a query may see a part of the keys only.
 template <class E, class T = Compute<E>>
 FA_NOINLINE void dense_rows(const Rules& rules, bool use_mask, bool ragged, index_t begin,
                             index_t end, index_t k0, index_t n, T* rows, index_t ld) {
-  const Matrix &bias = rules.bias, &mask = rules.mask;
-  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0;
+  const Matrix& mask = rules.mask;
+  const AddedToKeys<E> added(rules);
   const int32_t* segment = rules.segments.q_number ? rules.segments.k_number + k0 : nullptr;
-  const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
   index_t low = 0, high = n;
   for (index_t q = begin; q < end; q++, rows += ld) {
-    const char* b = bias.data ? bias.data + q * bias.row + k0 * bias.col : nullptr;
     const char* m = use_mask ? mask.data + q * mask.row + k0 * mask.col : nullptr;
     if (ragged) {
       const Interval keys = visible_keys(rules, q);
@@ -105,10 +140,7 @@ FA_NOINLINE void dense_rows(const Rules& rules, bool use_mask, bool ragged, inde
       high = max_index(min_index(keys.high - k0, n), 0);
     }
     for (index_t k = 0; k < n; k += W<T>) {
-      const Vec<T> key = splat(T(k)) + lane_numbers<T>();
-      Vec<T> x{};
-      if (slanted) x = alibi<T>(slope, key, splat(T(q + rules.q_offset - k0)));
-      if (b) x = add_bias<T>(load_bias<E>(b + k * bias.col, bias.col, native, n - k), x);
+      Vec<T> bias{}, x = added.template at<true>(q, k0, k, n - k, bias);
       if (m) x = load_integers<T, uint8_t>(m + k * mask.col, mask.col, n - k) == 0 ? minus_inf : x;
       if (segment) {
         const char* at = reinterpret_cast<const char*>(segment + k);
@@ -116,6 +148,7 @@ FA_NOINLINE void dense_rows(const Rules& rules, bool use_mask, bool ragged, inde
         x = load_integers<T, int32_t>(at, sizeof(int32_t), n - k) == own ? x : minus_inf;
       }
       if (k < low || k + W<T> > high) {
+        const Vec<T> key = splat(T(k)) + lane_numbers<T>();
         x = key >= splat(T(low)) ? x : minus_inf;
         x = key < splat(T(high)) ? x : minus_inf;
       }
