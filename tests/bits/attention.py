@@ -8,7 +8,7 @@ import numpy as np
 
 import fusedattn
 from tests.bits.draw import DTYPES, MEMORY, Draw, in_memory
-from tests.bits.rules import FAMILIES, RULES, Call
+from tests.bits.rules import FAMILIES, RULES, Call, Options
 
 Results = dict[str, np.ndarray]
 Case = tuple[str, Callable[[], Results]]
@@ -23,7 +23,7 @@ def call(c: Call) -> Results:
     q, k, v, dout = c.arrays()
     rules = c.options()
     outer = rules.pop("dlse", None)
-    given = {"layout": c.layout, "num_threads": c.num_threads}
+    given: Options = {"layout": c.layout, "num_threads": c.num_threads}
     out, lse = fusedattn.attention(q, k, v, return_lse=True, **given, **rules)
     need = ["q", "k", "v", *(name for name in ("bias", "sinks") if name in rules)]
     grads = fusedattn.attention_backward(
@@ -157,7 +157,8 @@ def call_packed(rule: str, kind: np.dtype, rows: list[int], n: int) -> Results:
     else:
         q, k, v = (c.drawn.numbers((total, heads, d), kind) for heads in (h, hkv, hkv))
     dout = c.drawn.numbers((total, h, d), kind)
-    into, given = None, {"num_threads": (1, 3)[n // 2 % 2]}
+    into = None
+    given: Options = {"num_threads": (1, 3)[n // 2 % 2]}
     if n % 2:
         place = np.empty((total, 2 * hkv + h, d), kind)
         into = (place[:, :h], place[:, h : h + hkv], place[:, h + hkv :])
@@ -181,7 +182,8 @@ def cached() -> Iterator[Case]:
 def call_cached(rule: str, kind: np.dtype, page: int | None, layout: str, d: int) -> Results:
     """A prompt of unequal lengths, a piece of one, and two single tokens."""
     cache = fusedattn.KVCache(3, 96, 2, d, dtype=kind, page_size=page, layout=layout)
-    results, draw = {}, Draw(d, 5)
+    results: Results = {}
+    draw = Draw(d, 5)
     for step, rows in enumerate((40, 7, 1, 1)):
         c = Call(rows, rows, d, kind, (rule,) if rule else (), 3, 4, 2, layout=layout, seed=step)
         q, k, v, _ = c.arrays()

@@ -51,7 +51,7 @@ class Draw:
         whole = (raw >> np.uint64(64 - bits)).astype(np.int64) - 2 ** (bits - 1)
         wide = whole.astype(np.float64 if bits == 53 else np.float32)
         wide *= wide.dtype.type(reach * 2.0 ** (1 - bits))
-        return wide.astype(dtype).reshape(shape)
+        return np.asarray(wide.astype(dtype).reshape(shape))
 
     def chance(self, share: float, shape: Any = ()) -> Any:
         """True for this share of the places."""
@@ -68,10 +68,10 @@ def in_memory(x: np.ndarray, how: str) -> np.ndarray:
     What lies between its elements is NaN.
     """
     if how == "transposed":
-        return np.ascontiguousarray(x.T).T
+        return np.asarray(np.ascontiguousarray(x.T).T)
     if how == "reversed":
         flip = np.s_[..., ::-1, ::-1]
-        return np.ascontiguousarray(x[flip])[flip]
+        return np.asarray(np.ascontiguousarray(x[flip])[flip])
     if how == "every other":
         wide = np.full((*x.shape[:-1], 2 * x.shape[-1] + 1), np.nan, x.dtype)
         wide[..., 1::2] = x

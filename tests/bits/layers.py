@@ -53,7 +53,9 @@ def linear(dtype: Any, rows: int, inputs: int, outputs: int, n: int) -> Results:
     how = ("contiguous", "padded", "every other")[n % 3]
     x = in_memory(draw.numbers((rows, inputs), dtype), how)
     added = draw.numbers((rows, outputs), dtype) if n % 2 else None
-    return both_ways(lambda: nn.linear(params, x, added=added), draw, n % 2 and inputs == outputs)
+    return both_ways(
+        lambda: nn.linear(params, x, added=added), draw, bool(n % 2) and inputs == outputs
+    )
 
 
 def elementwise() -> Iterator[Case]:
@@ -75,7 +77,7 @@ def activations(dtype: Any, rows: int, width: int) -> Results:
     draw = Draw(rows, width, 3)
     x = draw.numbers((rows, width), dtype, (1.0, 8.0, 32.0)[(rows + width) % 3])
     x.reshape(-1)[::29] = (0.0, -0.0, np.inf, -np.inf, np.nan)[width % 5]
-    results = {}
+    results: Results = {}
     for layer in (nn.relu, nn.gelu, nn.gelu_tanh, nn.tanh):
         found = both_ways(functools.partial(layer, {}, x), draw)
         results |= {f"{layer.__name__} {name}": value for name, value in found.items()}
@@ -168,7 +170,8 @@ def feed_forward(dtype: Any, width: int) -> Results:
 def pooling(dtype: Any, width: int) -> Results:
     """In NumPy."""
     draw, cu = Draw(width, 11), np.array(TOKENS)
-    x, results = draw.numbers((cu[-1], width), dtype), {}
+    x = draw.numbers((cu[-1], width), dtype)
+    results: Results = {}
     for name, pool in nn.POOLINGS.items():
         found = both_ways(functools.partial(pool, {}, x, cu), draw)
         results |= {f"{name} {key}": value for key, value in found.items()}
@@ -203,7 +206,8 @@ def large() -> Iterator[Case]:
 def three_threads(dtype: Any) -> Results:
     draw, rng = Draw(13), np.random.default_rng(0)
     params = fill(nn.init_linear(rng, 200, 300), draw, dtype)
-    x, results = draw.numbers((700, 200), dtype), {}
+    x = draw.numbers((700, 200), dtype)
+    results: Results = {}
     ids = draw.below(300, (900,))
     chosen: dict[str, Callable[[], Any]] = {
         "linear": lambda: nn.linear(params, x),

@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.bits.draw import Draw, in_memory
 
+Options = dict[str, Any]
 KEPT = list(itertools.product([False, True], repeat=4))
 
 
@@ -44,8 +45,8 @@ class Call:
 
     def arrays(self) -> list[np.ndarray]:
         """q, k, v and dout."""
-        rows = (self.h, self.sq, self.d), (self.hkv, self.sk, self.d)
-        rows = *rows, (self.hkv, self.sk, self.dv), (self.h, self.sq, self.dv)
+        queries, keys = (self.h, self.sq), (self.hkv, self.sk)
+        rows = (*queries, self.d), (*keys, self.d), (*keys, self.dv), (*queries, self.dv)
         arrays = []
         for name, (heads, length, dim), how in zip("qkvo", rows, self.memory, strict=True):
             pair = (heads, length) if self.layout == "bhsd" else (length, heads)
@@ -55,9 +56,9 @@ class Call:
             arrays.append(in_memory(x, how))
         return arrays
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """The rules as keyword arguments, ``dlse`` among them where there is one."""
-        options: dict[str, Any] = {}
+        options: Options = {}
         for rule in self.rules:
             options |= RULES[rule](self)
         if self.odd is not None and self.odd[0] == "bias" and "bias" in options:
@@ -66,7 +67,7 @@ class Call:
         return options
 
 
-Rule = Callable[[Call], dict[str, Any]]
+Rule = Callable[[Call], Options]
 
 
 def mask(kept: tuple[bool, ...], share: float) -> Rule:
@@ -74,7 +75,7 @@ def mask(kept: tuple[bool, ...], share: float) -> Rule:
 
 
 def bias(kept: tuple[bool, ...], masked: float = 0.0) -> Rule:
-    def rule(c: Call) -> dict[str, Any]:
+    def rule(c: Call) -> Options:
         x = c.drawn.numbers(c.broadcast(kept), c.dtype)
         if masked:
             x[c.drawn.chance(masked, x.shape)] = -np.inf
@@ -83,7 +84,7 @@ def bias(kept: tuple[bool, ...], masked: float = 0.0) -> Rule:
     return rule
 
 
-def mask_in_blocks(c: Call) -> dict[str, Any]:
+def mask_in_blocks(c: Call) -> Options:
     """Whole blocks of pairs that see nothing or everything, as sparse attention has them."""
     blocks = c.drawn.chance(0.5, (c.b, 1, -(-c.sq // 32), -(-c.sk // 32)))
     wide = blocks.repeat(32, axis=2).repeat(32, axis=3)
@@ -91,7 +92,7 @@ def mask_in_blocks(c: Call) -> dict[str, Any]:
 
 
 def segments(kind: str) -> Rule:
-    def rule(c: Call) -> dict[str, Any]:
+    def rule(c: Call) -> Options:
         q, k = (c.drawn.below(3, (c.b, n)) for n in (c.sq, c.sk))
         if kind == "contiguous":
             q, k = np.sort(q), np.sort(k)
@@ -101,7 +102,7 @@ def segments(kind: str) -> Rule:
 
 
 def lengths(*names: str) -> Rule:
-    def rule(c: Call) -> dict[str, Any]:
+    def rule(c: Call) -> Options:
         sizes = {"q_lengths": c.sq, "kv_lengths": c.sk}
         return {name: c.drawn.below(sizes[name] + 1, (c.b,)) for name in names}
 
@@ -109,7 +110,7 @@ def lengths(*names: str) -> Rule:
 
 
 def slopes(each: bool, own: bool) -> Rule:
-    def rule(c: Call) -> dict[str, Any]:
+    def rule(c: Call) -> Options:
         shape = (c.b, c.h) if each else (c.h,)
         return {"alibi_slopes": abs(c.drawn.numbers(shape, c.dtype if own else np.float32, 0.5))}
 
@@ -120,7 +121,7 @@ def sinks(own: bool) -> Rule:
     return lambda c: {"sinks": c.drawn.numbers((c.h,), c.dtype if own else np.float32)}
 
 
-def dlse(c: Call) -> dict[str, Any]:
+def dlse(c: Call) -> Options:
     real = np.float64 if c.dtype == np.float64 else np.float32
     return {"dlse": c.drawn.numbers((c.b, c.h, c.sq), real)}
 
