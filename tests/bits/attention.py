@@ -97,6 +97,31 @@ def call_some(c: Call, need: str) -> Results:
     return {"out": out, "lse": lse, **found}
 
 
+def long() -> Iterator[Case]:
+    """Several blocks of keys and of queries of every kernel, in both directions."""
+    rules = (
+        (),
+        ("causal",),
+        ("causal from the end", "window 64 64"),
+        ("mask b1qk",),
+        ("mask blocks", "softcap 50.0"),
+        ("mask keys dense", "alibi each"),
+        ("bias bhqk",),
+        ("bias masks keys", "dropout 0.1"),
+        ("bias 11q1", "segments contiguous"),
+        ("segments scattered", "sinks"),
+        ("lengths", "softcap 3.0", "dlse"),
+        ("causal - 5", "bias 1h1k", "dropout 0.5"),
+    )
+    shapes = ((600, 600), (290, 1190), (1100, 300), (1, 2500), (8, 2300), (16, 1400))
+    turns = itertools.product(shapes, rules, DTYPES.items())
+    for n, ((sq, sk), names, (dtype, kind)) in enumerate(turns):
+        d = (64, 40, 128, 64, 96, 33, 80)[n // 4 % 7]
+        c = Call(sq, sk, d, kind, names, 1, 2 if sq < 99 else 1, 1, num_threads=(1, 3)[n // 4 % 2])
+        c.layout = ("bhsd", "bshd")[n // 8 % 2]
+        yield f"long/{dtype}/{sq} {sk} {d} {' '.join(names)}", functools.partial(call, c)
+
+
 def drawn() -> Iterator[Case]:
     """Rules of two to four families at once, in any sizes, heads and memory."""
     for n in range(700):
@@ -219,5 +244,5 @@ def call_merged(kind: np.dtype, layout: str, parts: int, empty: bool) -> Results
 
 
 def cases() -> Iterator[Case]:
-    yield from itertools.chain(by_size(), by_rule(), by_memory(), few_queries(), by_need())
+    yield from itertools.chain(by_size(), by_rule(), by_memory(), few_queries(), by_need(), long())
     yield from itertools.chain(drawn(), odd_numbers(), packed(), cached(), merged())

@@ -20,6 +20,14 @@ from tests.bits.draw import DTYPES, Draw, in_memory
 REALS = {name: DTYPES[name] for name in ("float32", "float64")}
 ROWS = (1, 2, 3, 5, 8, 17, 64, 129)
 WIDTHS = (1, 3, 8, 15, 16, 17, 31, 33, 48, 64, 100, 130, 256)
+LARGE = (
+    (130, 700, 260),
+    (512, 300, 100),
+    (40, 384, 384),
+    (300, 300, 300),
+    (1, 600, 700),
+    (256, 64, 512),
+)
 TOKENS = [0, 7, 7, 40, 41, 64]
 
 
@@ -38,13 +46,12 @@ def both_ways(call: Callable[[], Any], draw: Draw, added: bool = False) -> Resul
 
 
 def linears() -> Iterator[Case]:
-    sizes = itertools.product((1, 3, 6, 16, 33, 130), (1, 8, 17, 64, 100), (1, 7, 16, 33, 64, 200))
-    for n, ((rows, inputs, outputs), name) in enumerate(itertools.product(sizes, REALS)):
-        if n % 3 == 0 or rows == 33:
-            yield (
-                f"linear/{name}/{rows} {inputs} {outputs}",
-                functools.partial(linear, REALS[name], rows, inputs, outputs, n),
-            )
+    small = itertools.product((1, 3, 6, 16, 33, 130), (1, 8, 17, 64, 100), (1, 7, 16, 33, 64, 200))
+    sizes = [each for n, each in enumerate(small) if n % 3 == 0 or each[0] == 33]
+    turns = itertools.product((*sizes, *LARGE), REALS.items())
+    for n, ((rows, inputs, outputs), (name, dtype)) in enumerate(turns):
+        case = functools.partial(linear, dtype, rows, inputs, outputs, n // 2)
+        yield f"linear/{name}/{rows} {inputs} {outputs}", case
 
 
 def linear(dtype: Any, rows: int, inputs: int, outputs: int, n: int) -> Results:
