@@ -1,8 +1,8 @@
 """Text to packed batches: tokenizers, data sets, batches filled by token budget, word vectors."""
 
-from fusedattn.text.batches import Batch, Dataset, fill_batches, hide_tokens, pack
+from fusedattn.text.batches import Batch, Dataset, fill_batches, pack
 from fusedattn.text.cooccurrence import cooccurrence_embeddings
-from fusedattn.text.masking import IGNORE, Masking
+from fusedattn.text.masking import IGNORE, Masking, hide_tokens
 from fusedattn.text.readers import Examples, label_names, read_examples
 from fusedattn.text.split import split_examples
 from fusedattn.text.tokenizer import (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusedattn.nn import Array, Rng
-from fusedattn.text.tokenizer import mask_id, special_ids, tokenize
+from fusedattn.text.tokenizer import tokenize
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,3 @@ class Dataset:
         for chosen in fill_batches(lengths, max_tokens, max_sentences, rng):
             labels = None if self.labels is None else self.labels[chosen]
             yield pack([self.sequences[i] for i in chosen], labels)
-
-
-def hide_tokens(batch: Batch, share: float, tokenizer: Any, rng: Rng) -> Batch:
-    """The batch with each token replaced by [MASK] by chance: dropout of words.
-
-    Parameters
-    ----------
-    batch : Batch
-    share : float
-        The chance of each token that is not special.
-    tokenizer : tokenizers.Tokenizer
-        One that has a [MASK] (or <mask>).
-    rng : numpy.random.Generator
-    """
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"share: expected a value in [0, 1), got {share}")
-    hidden = rng.random(len(batch.ids), dtype=np.float32) < share
-    hidden &= ~np.isin(batch.ids, special_ids(tokenizer))
-    mask = batch.ids.dtype.type(mask_id(tokenizer))
-    return replace(batch, ids=np.where(hidden, mask, batch.ids))

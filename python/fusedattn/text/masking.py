@@ -1,4 +1,4 @@
-"""Masked-language-model batches: which tokens to predict, and what stands in their place."""
+"""Hidden tokens: those that a masked language model predicts, and those dropped as noise."""
 
 from __future__ import annotations
 
@@ -68,3 +68,23 @@ def _continues_a_word(vocabulary: dict[str, int], size: int) -> Array:
     elif any(token.startswith(("Ġ", "▁")) for token in vocabulary):
         inside[[i for t, i in vocabulary.items() if not t.startswith(("Ġ", "▁"))]] = True
     return inside
+
+
+def hide_tokens(batch: Batch, share: float, tokenizer: Any, rng: Rng) -> Batch:
+    """The batch with each token replaced by [MASK] by chance: dropout of words.
+
+    Parameters
+    ----------
+    batch : Batch
+    share : float
+        The chance of each token that is not special.
+    tokenizer : tokenizers.Tokenizer
+        One that has a [MASK] (or <mask>).
+    rng : numpy.random.Generator
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share: expected a value in [0, 1), got {share}")
+    hidden = rng.random(len(batch.ids), dtype=np.float32) < share
+    hidden &= ~np.isin(batch.ids, special_ids(tokenizer))
+    mask = batch.ids.dtype.type(mask_id(tokenizer))
+    return replace(batch, ids=np.where(hidden, mask, batch.ids))
