@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_imports_point_downwards(path):
             target = name.partition(".")[2].partition(".")[0]
             allowed = MAY_IMPORT[component] | {component}
             assert target in allowed, f"{dotted(path) or 'fusedattn'} imports {name}"
+
+
+def test_modules_import_in_no_circle():
+    """Not even for type checkers. A package's __init__, which gathers its modules, is left out."""
+    graph = {
+        dotted(path): {name.partition(".")[2] for _, name in imports(path)} - {dotted(path)}
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")

@@ -3,12 +3,14 @@
 from fusedattn.train.config import TrainingConfig
 from fusedattn.train.evaluation import evaluate, evaluate_masked
 from fusedattn.train.files import CHECKPOINT, HISTORY, plot_history, read_history, remove_checkpoint
+from fusedattn.train.model import Loss, Model
 from fusedattn.train.rates import layer_rates
-from fusedattn.train.trainer import Model, Trainer, TrainingResult
+from fusedattn.train.trainer import Trainer, TrainingResult
 
 __all__ = [
     "CHECKPOINT",
     "HISTORY",
+    "Loss",
     "Model",
     "Trainer",
     "TrainingConfig",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fusedattn.losses import cross_entropy
 from fusedattn.metrics import accuracy, macro_f1
 from fusedattn.text import IGNORE, Dataset, Masking
-
-if TYPE_CHECKING:
-    from fusedattn.train.trainer import Model
+from fusedattn.train.model import Model
 
 
 def evaluate(

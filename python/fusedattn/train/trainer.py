@@ -8,32 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fusedattn.losses import cross_entropy
-from fusedattn.nn import VJP, Array, Params, Rng, leaves, unflatten
+from fusedattn.nn import Array, Params, Rng, leaves, unflatten
 from fusedattn.optim import SCHEDULES, AdamW, clip_scale, global_norm
 from fusedattn.text import IGNORE, Batch, Dataset
 from fusedattn.train.config import TrainingConfig
 from fusedattn.train.evaluation import evaluate as evaluate_classifier
 from fusedattn.train.files import remove_checkpoint, write_history
+from fusedattn.train.model import Loss, Model
 from fusedattn.train.rates import layer_rates
 from fusedattn.train.state import Run, hold_interrupts, identify
 
-Loss = Callable[[Array, Array], tuple[float, Callable[[float], Array]]]
 _ORDER, _NOISE = 0, 1  # two streams of random numbers from one seed
-
-
-class Model(Protocol):
-    """What can be trained: parameters, and logits with their vjp."""
-
-    params: Params
-
-    def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]:
-        """Logits, a row for each label that is not IGNORE, and their vjp; random given an `rng`."""
-        ...
 
 
 @dataclass
