@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "_faces": {"_attention", "_kvcache", "_varlen"},
     "_kvcache": {"_attention", "_core", ""},
     "_states": set(),
+    "_whole": set(),
     "": {
         "_attention",
         "_core",
@@ -49,12 +50,13 @@ MAY_IMPORT = {
     "optim": {"nn"} | BELOW_NN,
     "text": {"nn"},
     "metrics": {"nn"},
-    "encoder": {"nn", "text"} | BELOW_NN,
-    "train": {"encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
+    "encoder": {"_whole", "nn", "text"} | BELOW_NN,
+    "train": {"_whole", "encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
     "bench": {"reference", "encoder", "losses", "optim", "text", "nn"} | BELOW_NN,
     "integrations": {"train", "encoder", "losses", "optim", "text", "nn", "reference", "_faces"}
     | BELOW_NN,
-    "cli": {"bench", "train", "encoder", "losses", "metrics", "optim", "text", "nn"} | BELOW_NN,
+    "cli": {"_whole", "bench", "train", "encoder", "losses", "metrics", "optim", "text", "nn"}
+    | BELOW_NN,
 }
 
 

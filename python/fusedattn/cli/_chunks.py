@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fusedattn._whole import whole_file
 from fusedattn.cli import _options
-from fusedattn.train.files import replace_file
 
 NOTE = "of.json"
 _MODEL = {".json", ".safetensors", ".txt"}  # the endings of what says what a model computes
@@ -62,7 +62,8 @@ class Chunks:
                 )
             print(f"Going on from {self.folder} (--restart begins anew).", file=sys.stderr)
         else:
-            replace_file(note, lambda path: _write(path, json.dumps(results_of).encode()))
+            with whole_file(note) as path:
+                path.write_text(json.dumps(results_of), encoding="utf-8")
 
     def __enter__(self) -> Chunks:
         return self
@@ -75,19 +76,16 @@ class Chunks:
 
     def add(self, content: bytes) -> None:
         """Keep one more chunk."""
-        replace_file(self._path(self.done), lambda path: _write(path, content))
+        with whole_file(self._path(self.done)) as path:
+            path.write_bytes(content)
         self.done += 1
 
     def finish(self, head: bytes = b"") -> None:
         """Write `out`, `head` and all chunks, whole or not at all; no chunk is needed any more."""
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:
-                file.write(head)
-                for number in range(self.done):
-                    file.write(self._path(number).read_bytes())
-
-        replace_file(self.out, write)
+        with whole_file(self.out) as path, open(path, "wb") as file:
+            file.write(head)
+            for number in range(self.done):
+                file.write(self._path(number).read_bytes())
         shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
@@ -120,7 +118,3 @@ def describe(model: Path, texts: Sequence[str], **options: Any) -> dict[str, Any
     for file in sorted(p for p in model.rglob("*") if p.suffix in _MODEL):
         crc = zlib.crc32(file.read_bytes(), crc)
     return {"model": crc, "texts": zlib.crc32(json.dumps(texts).encode()), **options}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

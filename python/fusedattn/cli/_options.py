@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedattn._whole import whole_file
+
 if TYPE_CHECKING:
     from fusedattn.encoder import Encoder
     from fusedattn.text import Examples
@@ -277,6 +279,7 @@ def finish(out: Path, model: Any, result: Any, settings: dict[str, Any]) -> str:
             wrote += ", curves.png"
     clean = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k != "func"}
     clean = {"version": __version__, **clean}
-    (out / "settings.json").write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+    with whole_file(out / "settings.json") as path:
+        path.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
     remove_checkpoint(out)
     return wrote

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedattn._whole import whole_file
 from fusedattn.cli import _options, finetune
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def read_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def write_runs(path: Path, runs: list[dict[str, Any]]) -> None:
     """Write a line a run, sorted."""
     lines = [json.dumps(run) + "\n" for run in sorted(runs, key=lambda r: (r["dim"], r["seed"]))]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def table(runs: list[dict[str, Any]]) -> str:

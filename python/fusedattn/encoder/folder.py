@@ -8,11 +8,8 @@ beyond the parameters that are asked for, such as a pooler or position_ids, is p
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,44 +142,6 @@ def _from_bytes(data: bytes, dtype: str) -> Array:
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     kind = {"F": "f", "I": "i", "U": "u", "B": "?"}[dtype[0]]
     return np.frombuffer(data, kind if kind == "?" else f"<{kind}{int(dtype[1:]) // 8}")
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A new folder to write into, whose files then take their places in `path`.
-
-    `path` appears whole, or keeps what it had: where it exists, each file is replaced by a complete
-    one, all of them having been written before the first is moved.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-        folder = Path(name) / "folder"
-        folder.mkdir()
-        yield folder
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        for file in files:
-            _flush(file)
-        if path.exists():
-            for file in files:
-                target = path / file.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-        else:
-            os.rename(folder, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write `path` to the disk, where it lets a folder be opened to that end."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_model(folder: Path, content: dict[str, Any], arrays: Mapping[str, Array]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fusedattn import nn
+from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
 from fusedattn.encoder.folder import (
     BLANK,
@@ -14,7 +15,6 @@ from fusedattn.encoder.folder import (
     read_folder,
     to_disk,
     write_model,
-    written_whole,
 )
 from fusedattn.encoder.model import Encoder, read_encoder
 from fusedattn.encoder.tokenizer_files import write_tokenizer
@@ -83,7 +83,7 @@ class MaskedLM:
         The word embedding is written once, as `transformers` writes tied weights.
         """
         config = self.encoder.config
-        with written_whole(path) as folder:
+        with whole_folder(path) as folder:
             write_model(folder, config.to_dict("masked_lm"), to_disk(self.params, config))
             write_tokenizer(folder, self.encoder.tokenizer, config.max_position_embeddings)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
 from fusedattn.encoder.folder import (
     BLANK,
@@ -15,7 +16,6 @@ from fusedattn.encoder.folder import (
     read_folder,
     to_disk,
     write_model,
-    written_whole,
 )
 from fusedattn.encoder.layers import encode, infer, init_encoder
 from fusedattn.encoder.sentence_files import read_pooling, write_pooling
@@ -147,7 +147,7 @@ class Encoder:
         config, prefix = self.config, self.config.family.prefix
         arrays = to_disk({"encoder": self.params}, config)
         bare = {name.removeprefix(prefix): array for name, array in arrays.items()}
-        with written_whole(path) as folder:
+        with whole_folder(path) as folder:
             write_model(folder, config.to_dict("encoder"), bare)
             longest = write_tokenizer(folder, self.tokenizer, config.max_position_embeddings)
             write_pooling(folder, self.pooling, self.normalize, config.hidden_size, longest)

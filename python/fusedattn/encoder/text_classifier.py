@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusedattn import nn
+from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
 from fusedattn.encoder.folder import (
     BLANK,
@@ -17,7 +18,6 @@ from fusedattn.encoder.folder import (
     read_folder,
     to_disk,
     write_model,
-    written_whole,
 )
 from fusedattn.encoder.model import Encoder, check_pooling, read_encoder
 from fusedattn.encoder.tokenizer_files import write_tokenizer
@@ -124,7 +124,7 @@ class TextClassifier:
             "id2label": {str(i): name for i, name in enumerate(self.names)},
             "label2id": {name: i for i, name in enumerate(self.names)},
         }
-        with written_whole(path) as folder:
+        with whole_folder(path) as folder:
             write_model(folder, content, to_disk(self.params, config))
             write_tokenizer(folder, self.encoder.tokenizer, config.max_position_embeddings)
 

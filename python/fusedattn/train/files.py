@@ -1,36 +1,16 @@
-"""What a training leaves on disk: checkpoints, the history and its plot.
-
-A file is written whole or not at all: into a temporary file beside it, flushed to the disk, renamed
-over it. Whenever the process is killed, the old content or the new is there.
-"""
+"""What a training leaves on disk: checkpoints, the history and its plot."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedattn._whole import whole_file
 from fusedattn.nn import Array
 
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the name too must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_checkpoint(folder: Path, arrays: Mapping[str, Array], state: dict[str, Any]) -> None:
@@ -38,7 +18,8 @@ def write_checkpoint(folder: Path, arrays: Mapping[str, Array], state: dict[str,
     from safetensors.numpy import save_file
 
     metadata = {"state": json.dumps(state)}
-    replace_file(folder / CHECKPOINT, lambda path: save_file(dict(arrays), str(path), metadata))
+    with whole_file(folder / CHECKPOINT) as path:
+        save_file(dict(arrays), str(path), metadata)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Array], dict[str, Any]] | None:
@@ -60,11 +41,8 @@ def remove_checkpoint(folder: str | Path) -> None:
 def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write history.jsonl, a line an evaluation."""
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
-    replace_file(folder / HISTORY, lambda path: _write_text(path, lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    with whole_file(folder / HISTORY) as path:
+        path.write_text(lines, encoding="utf-8")
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
