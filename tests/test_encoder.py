@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from fusedattn.encoder import Encoder, EncoderConfig, TextClassifier, encode, init_encoder
-from fusedattn.nn import flatten, unflatten
+from fusedattn.encoder import (
+    Encoder,
+    EncoderConfig,
+    TextClassifier,
+    encode,
+    encoder_shapes,
+    init_encoder,
+)
+from fusedattn.nn import draw, flatten, map_leaves, unflatten
 from fusedattn.text import pack, train_tokenizer
 
 CONFIG = EncoderConfig(
@@ -213,6 +220,31 @@ def test_prediction_needs_a_tokenizer():
     model = TextClassifier(Encoder(CONFIG), ["a", "b"])
     with pytest.raises(ValueError, match=r"^texts: expected a model with a tokenizer"):
         model.predict(["x"])
+
+
+@pytest.mark.parametrize("norm_first", NORMS)
+def test_parameters_have_the_shapes_that_a_configuration_states(norm_first):
+    """Scales start from 1, biases from 0, matrices from chance; all of them float32."""
+    shapes = encoder_shapes(config(norm_first=norm_first, num_hidden_layers=1))
+    assert ("norm" in shapes) == norm_first
+    assert shapes["embeddings"]["word"] == {"weight": (30, 16)}
+    assert shapes["blocks"]["0"]["attention"]["qkv"] == {"weight": (48, 16), "bias": (48,)}
+    params = draw(np.random.default_rng(0), shapes, 0.3)
+    assert flatten(map_leaves(lambda _, p: p.shape, params)) == flatten(shapes)
+    for name, p in flatten(params).items():
+        assert p.dtype == np.float32
+        if p.ndim == 1:
+            assert (p == name.endswith("norm.weight")).all(), name
+        else:
+            assert abs(p.std() - 0.3) < 0.1, name
+            assert abs(p.mean()) < 0.1, name
+
+
+def test_an_encoder_of_no_blocks_is_read_back(tmp_path):
+    pytest.importorskip("safetensors", reason="folders need safetensors")
+    encoder = Encoder(config(num_hidden_layers=0))
+    encoder.save_pretrained(tmp_path)
+    np.testing.assert_equal(Encoder.from_pretrained(tmp_path).params, encoder.params)
 
 
 def test_start_depends_on_the_seed_alone():

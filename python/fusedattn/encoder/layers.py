@@ -6,29 +6,29 @@ import numpy as np
 
 from fusedattn import nn
 from fusedattn.encoder.config import EncoderConfig
-from fusedattn.nn import VJP, Array, Params, Rng
+from fusedattn.nn import VJP, Array, Params, Rng, Shapes
 
 
-def init_encoder(rng: Rng, config: EncoderConfig) -> Params:
-    """Starting parameters: weights from N(0, initializer_range²), float32."""
-    width, std = config.hidden_size, config.initializer_range
-    params: Params = {
-        "embeddings": nn.init_token_embedding(
-            rng,
-            config.vocab_size,
-            config.max_position_embeddings,
-            config.type_vocab_size,
-            width,
-            std,
+def encoder_shapes(config: EncoderConfig) -> Shapes:
+    """The shapes of an encoder's parameters: ``embeddings``, ``blocks`` and, pre-norm, ``norm``."""
+    width = config.hidden_size
+    shapes: Shapes = {
+        "embeddings": nn.token_embedding_shapes(
+            config.vocab_size, config.max_position_embeddings, config.type_vocab_size, width
         ),
         "blocks": {
-            str(n): nn.init_encoder_block(rng, width, config.intermediate_size, std)
+            str(n): nn.encoder_block_shapes(width, config.intermediate_size)
             for n in range(config.num_hidden_layers)
         },
     }
     if config.norm_first:
-        params["norm"] = nn.init_layer_norm(width)
-    return params
+        shapes["norm"] = nn.layer_norm_shapes(width)
+    return shapes
+
+
+def init_encoder(rng: Rng, config: EncoderConfig) -> Params:
+    """Parameters of `encoder_shapes`: weights from N(0, initializer_range²), float32."""
+    return nn.draw(rng, encoder_shapes(config), config.initializer_range)
 
 
 def encode(

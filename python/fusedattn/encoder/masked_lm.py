@@ -9,16 +9,11 @@ import numpy as np
 from fusedattn import nn
 from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
-from fusedattn.encoder.folder import (
-    BLANK,
-    from_disk,
-    read_folder,
-    to_disk,
-    write_model,
-)
+from fusedattn.encoder.folder import read_folder, write_model
 from fusedattn.encoder.model import Encoder, read_encoder
+from fusedattn.encoder.names import from_disk, to_disk
 from fusedattn.encoder.tokenizer_files import write_tokenizer
-from fusedattn.nn import VJP, Array, Params, Rng
+from fusedattn.nn import VJP, Array, Params, Rng, Shapes
 from fusedattn.text import IGNORE, Batch
 
 
@@ -36,7 +31,10 @@ class MaskedLM:
 
     def __init__(self, encoder: Encoder, head: Params | None = None, seed: int = 0) -> None:
         self.encoder = encoder
-        head = head or _init_head(np.random.default_rng(seed), encoder.config)
+        config = encoder.config
+        if head is None:
+            rng = np.random.default_rng(seed)
+            head = nn.draw(rng, _head_shapes(config), config.initializer_range)
         self.params: Params = {"encoder": encoder.params, "head": head}
 
     def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]:
@@ -98,11 +96,9 @@ class MaskedLM:
         if content.get("tie_word_embeddings", True) is False:
             raise ValueError(f"tie_word_embeddings: expected True in {path}, got False")
         encoder = read_encoder(path, content, arrays)
-        layout = {"head": _init_head(BLANK, encoder.config)}
-        return cls(encoder, from_disk(arrays, layout, encoder.config, path)["head"])
+        shapes = {"head": _head_shapes(encoder.config)}
+        return cls(encoder, from_disk(arrays, shapes, encoder.config, path)["head"])
 
 
-def _init_head(rng: Rng, config: EncoderConfig) -> Params:
-    return nn.init_masked_lm_head(
-        rng, config.hidden_size, config.vocab_size, config.initializer_range
-    )
+def _head_shapes(config: EncoderConfig) -> Shapes:
+    return nn.masked_lm_head_shapes(config.hidden_size, config.vocab_size)

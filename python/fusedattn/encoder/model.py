@@ -10,14 +10,9 @@ import numpy as np
 
 from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
-from fusedattn.encoder.folder import (
-    BLANK,
-    from_disk,
-    read_folder,
-    to_disk,
-    write_model,
-)
-from fusedattn.encoder.layers import encode, infer, init_encoder
+from fusedattn.encoder.folder import read_folder, write_model
+from fusedattn.encoder.layers import encode, encoder_shapes, infer, init_encoder
+from fusedattn.encoder.names import from_disk, to_disk
 from fusedattn.encoder.sentence_files import read_pooling, write_pooling
 from fusedattn.encoder.tokenizer_files import read_tokenizer, write_tokenizer
 from fusedattn.nn import POOLINGS, VJP, Array, Params, Rng
@@ -179,8 +174,8 @@ class Encoder:
 def read_encoder(path: str | Path, content: dict[str, Any], arrays: dict[str, Array]) -> Encoder:
     """The encoder of a folder of which config.json and the arrays have been read."""
     config = EncoderConfig.from_dict(content)
-    layout = {"encoder": init_encoder(BLANK, config)}
-    params = from_disk(arrays, layout, config, path)["encoder"]
+    shapes = {"encoder": encoder_shapes(config)}
+    params = from_disk(arrays, shapes, config, path)["encoder"]
     tokenizer = read_tokenizer(path, config.max_position_embeddings)
     pooling, normalize = read_pooling(path)
     return Encoder(config, params, tokenizer, pooling=pooling, normalize=normalize)

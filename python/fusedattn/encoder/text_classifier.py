@@ -11,17 +11,11 @@ import numpy as np
 from fusedattn import nn
 from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
-from fusedattn.encoder.folder import (
-    BLANK,
-    from_disk,
-    names_on_disk,
-    read_folder,
-    to_disk,
-    write_model,
-)
+from fusedattn.encoder.folder import read_folder, write_model
 from fusedattn.encoder.model import Encoder, check_pooling, read_encoder
+from fusedattn.encoder.names import from_disk, names_on_disk, to_disk
 from fusedattn.encoder.tokenizer_files import write_tokenizer
-from fusedattn.nn import VJP, Array, Params, Rng
+from fusedattn.nn import VJP, Array, Params, Rng, Shapes
 from fusedattn.text import Batch
 
 _POOLER_ACTS = {"tanh": nn.tanh, "relu": nn.relu}
@@ -59,7 +53,8 @@ class TextClassifier:
         self.encoder = encoder
         self.names = list(names)
         self.pooling = pooling
-        head = _init_head(np.random.default_rng(seed), encoder.config, len(self.names), pooling)
+        shapes = _head_shapes(encoder.config, len(self.names), pooling)
+        head = nn.draw(np.random.default_rng(seed), shapes, encoder.config.initializer_range)
         self.params: Params = {"encoder": encoder.params, **head}
         if classifier is not None:
             self.params["classifier"] = classifier
@@ -143,16 +138,16 @@ class TextClassifier:
             raise ValueError(f"path: expected a folder of a classifier, {path} has no classifier")
         names = _label_names(content, len(weight))
         model = cls(encoder, names, pooling=pooling)
-        layout = _init_head(BLANK, encoder.config, len(names), pooling)
-        model.params |= from_disk(arrays, layout, encoder.config, path)
+        shapes = _head_shapes(encoder.config, len(names), pooling)
+        model.params |= from_disk(arrays, shapes, encoder.config, path)
         return model
 
 
-def _init_head(rng: Rng, config: EncoderConfig, classes: int, pooling: str) -> Params:
-    width, std = config.hidden_size, config.initializer_range
-    head = {"classifier": nn.init_linear(rng, width, classes, std)}
+def _head_shapes(config: EncoderConfig, classes: int, pooling: str) -> Shapes:
+    width = config.hidden_size
+    head = {"classifier": nn.linear_shapes(width, classes)}
     if pooling == "cls":
-        head["pooler"] = nn.init_linear(rng, width, width, std)
+        head["pooler"] = nn.linear_shapes(width, width)
     return head
 
 

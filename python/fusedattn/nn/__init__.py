@@ -12,25 +12,39 @@ To add a layer, add one file that defines the function of the file's name and an
 tests find it and check its gradients.
 """
 
-from fusedattn.nn._tree import flatten, leaves, unflatten
-from fusedattn.nn._types import VJP, VJP2, Array, Params, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._tree import flatten, leaves, map_leaves, unflatten
+from fusedattn.nn._types import VJP, VJP2, Array, Params, Rng, Shapes
 from fusedattn.nn.cls_pool import cls_pool
-from fusedattn.nn.cross_attention import cross_attention, init_cross_attention
+from fusedattn.nn.cross_attention import (
+    cross_attention,
+    cross_attention_shapes,
+    init_cross_attention,
+)
 from fusedattn.nn.dropout import dropout
-from fusedattn.nn.embedding import embedding, init_embedding
-from fusedattn.nn.encoder_block import encoder_block, init_encoder_block
-from fusedattn.nn.feed_forward import ACTIVATIONS, feed_forward, init_feed_forward
+from fusedattn.nn.embedding import embedding, embedding_shapes, init_embedding
+from fusedattn.nn.encoder_block import encoder_block, encoder_block_shapes, init_encoder_block
+from fusedattn.nn.feed_forward import (
+    ACTIVATIONS,
+    feed_forward,
+    feed_forward_shapes,
+    init_feed_forward,
+)
 from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
-from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
-from fusedattn.nn.linear import init_linear, linear
-from fusedattn.nn.masked_lm_head import init_masked_lm_head, masked_lm_head
+from fusedattn.nn.layer_norm import init_layer_norm, layer_norm, layer_norm_shapes
+from fusedattn.nn.linear import init_linear, linear, linear_shapes
+from fusedattn.nn.masked_lm_head import init_masked_lm_head, masked_lm_head, masked_lm_head_shapes
 from fusedattn.nn.max_pool import max_pool
 from fusedattn.nn.mean_pool import mean_pool
 from fusedattn.nn.relu import relu
-from fusedattn.nn.self_attention import init_self_attention, self_attention
+from fusedattn.nn.self_attention import init_self_attention, self_attention, self_attention_shapes
 from fusedattn.nn.tanh import tanh
-from fusedattn.nn.token_embedding import init_token_embedding, token_embedding
+from fusedattn.nn.token_embedding import (
+    init_token_embedding,
+    token_embedding,
+    token_embedding_shapes,
+)
 
 # By the names that a configuration gives them.
 POOLINGS = {"mean": mean_pool, "cls": cls_pool, "max": max_pool}
@@ -43,12 +57,18 @@ __all__ = [
     "Array",
     "Params",
     "Rng",
+    "Shapes",
     "cls_pool",
     "cross_attention",
+    "cross_attention_shapes",
+    "draw",
     "dropout",
     "embedding",
+    "embedding_shapes",
     "encoder_block",
+    "encoder_block_shapes",
     "feed_forward",
+    "feed_forward_shapes",
     "flatten",
     "gelu",
     "gelu_tanh",
@@ -62,14 +82,20 @@ __all__ = [
     "init_self_attention",
     "init_token_embedding",
     "layer_norm",
+    "layer_norm_shapes",
     "leaves",
     "linear",
+    "linear_shapes",
+    "map_leaves",
     "masked_lm_head",
+    "masked_lm_head_shapes",
     "max_pool",
     "mean_pool",
     "relu",
     "self_attention",
+    "self_attention_shapes",
     "tanh",
     "token_embedding",
+    "token_embedding_shapes",
     "unflatten",
 ]

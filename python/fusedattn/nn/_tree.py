@@ -1,8 +1,9 @@
-"""Nested dicts of arrays: flatten them under dotted names, and back."""
+"""Nested dicts of arrays (or of their shapes): under dotted names, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from fusedattn.nn._types import Array, Params
 
@@ -14,6 +15,16 @@ def leaves(params: Params, prefix: str = "") -> Iterator[tuple[str, Array]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def map_leaves(f: Callable[[str, Any], Any], tree: dict[str, Any], prefix: str = "") -> Params:
+    """The nested dict with f(dotted name, leaf) in the place of each leaf of `tree`."""
+    return {
+        key: map_leaves(f, value, f"{prefix}{key}.")
+        if isinstance(value, dict)
+        else f(prefix + key, value)
+        for key, value in tree.items()
+    }
 
 
 def flatten(params: Params) -> dict[str, Array]:

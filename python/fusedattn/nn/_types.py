@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Params: TypeAlias = dict[str, Any]  # a nested dict whose leaves are arrays
+Shapes: TypeAlias = dict[str, Any]  # the same, with their shapes instead
 VJP: TypeAlias = Callable[[Array], tuple[Params, Array]]  # dy -> (dparams, dx)
 VJP2: TypeAlias = Callable[[Array], tuple[Params, Array, Array]]  # of a layer with two inputs
 Rng: TypeAlias = np.random.Generator

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn import attention_varlen, attention_varlen_backward
-from fusedattn.nn._types import VJP2, Array, Params, Rng
-from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP2, Array, Params, Rng, Shapes
+from fusedattn.nn.linear import linear, linear_shapes
 from fusedattn.nn.self_attention import dropout_rules
 
 
-def init_cross_attention(
-    rng: Rng, width: int, memory_width: int | None = None, std: float = 0.02
-) -> Params:
-    """Projections to queries, to keys and values, and of the result; float32.
+def cross_attention_shapes(width: int, memory_width: int | None = None) -> Shapes:
+    """Projections to queries, to keys and values, and of the result.
 
     Returns
     -------
@@ -23,10 +22,17 @@ def init_cross_attention(
         from width to width.
     """
     return {
-        "q": init_linear(rng, width, width, std),
-        "kv": init_linear(rng, memory_width or width, 2 * width, std),
-        "out": init_linear(rng, width, width, std),
+        "q": linear_shapes(width, width),
+        "kv": linear_shapes(memory_width or width, 2 * width),
+        "out": linear_shapes(width, width),
     }
+
+
+def init_cross_attention(
+    rng: Rng, width: int, memory_width: int | None = None, std: float = 0.02
+) -> Params:
+    """Parameters of `cross_attention_shapes`: weights from N(0, std²), biases 0; float32."""
+    return draw(rng, cross_attention_shapes(width, memory_width), std)
 
 
 def cross_attention(

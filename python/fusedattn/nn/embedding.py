@@ -5,20 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import gather_sum, rows_of, scatter_sum
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
+
+
+def embedding_shapes(rows: int, width: int) -> Shapes:
+    """``weight`` (rows, width)."""
+    return {"weight": (rows, width)}
 
 
 def init_embedding(rng: Rng, rows: int, width: int, std: float = 0.02) -> Params:
-    """A table drawn from N(0, std²); float32.
-
-    Returns
-    -------
-    dict
-        ``weight`` (rows, width).
-    """
-    weight = rng.standard_normal((rows, width), dtype=np.float32)
-    weight *= std
-    return {"weight": weight}
+    """A table of `embedding_shapes`, drawn from N(0, std²); float32."""
+    return draw(rng, embedding_shapes(rows, width), std)
 
 
 def embedding(params: Params, ids: Array) -> tuple[Array, VJP]:

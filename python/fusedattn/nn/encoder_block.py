@@ -7,21 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng, Shapes
 from fusedattn.nn.dropout import dropout
-from fusedattn.nn.feed_forward import feed_forward, init_feed_forward
-from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
-from fusedattn.nn.self_attention import init_self_attention, self_attention
+from fusedattn.nn.feed_forward import feed_forward, feed_forward_shapes
+from fusedattn.nn.layer_norm import layer_norm, layer_norm_shapes
+from fusedattn.nn.self_attention import self_attention, self_attention_shapes
+
+
+def encoder_block_shapes(width: int, inner: int) -> Shapes:
+    """``attention``, ``attention_norm``, ``feed_forward`` and ``feed_forward_norm``."""
+    return {
+        "attention": self_attention_shapes(width),
+        "attention_norm": layer_norm_shapes(width),
+        "feed_forward": feed_forward_shapes(width, inner),
+        "feed_forward_norm": layer_norm_shapes(width),
+    }
 
 
 def init_encoder_block(rng: Rng, width: int, inner: int, std: float = 0.02) -> Params:
-    """``attention``, ``attention_norm``, ``feed_forward`` and ``feed_forward_norm``; float32."""
-    return {
-        "attention": init_self_attention(rng, width, std),
-        "attention_norm": init_layer_norm(width),
-        "feed_forward": init_feed_forward(rng, width, inner, std),
-        "feed_forward_norm": init_layer_norm(width),
-    }
+    """Parameters of `encoder_block_shapes`, those of each layer as its own init has them."""
+    return draw(rng, encoder_block_shapes(width, inner), std)
 
 
 def encoder_block(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusedattn.nn._core_ops import empty, product, rows_of
-from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng, Shapes
 from fusedattn.nn.gelu import gelu
 from fusedattn.nn.gelu_tanh import gelu_tanh
-from fusedattn.nn.linear import init_linear, weight_gradients
+from fusedattn.nn.linear import linear_shapes, weight_gradients
 from fusedattn.nn.relu import relu
 
 # By the names of `hidden_act` in a Hugging Face config.json.
@@ -27,9 +28,14 @@ def activation_of(name: str) -> Callable[[Params, Array], tuple[Array, VJP]]:
     return ACTIVATIONS[name]
 
 
+def feed_forward_shapes(width: int, inner: int) -> Shapes:
+    """A linear layer ``up`` from width to inner and one ``down`` back."""
+    return {"up": linear_shapes(width, inner), "down": linear_shapes(inner, width)}
+
+
 def init_feed_forward(rng: Rng, width: int, inner: int, std: float = 0.02) -> Params:
-    """A linear layer ``up`` from width to inner and one ``down`` back; float32."""
-    return {"up": init_linear(rng, width, inner, std), "down": init_linear(rng, inner, width, std)}
+    """Parameters of `feed_forward_shapes`: weights drawn from N(0, std²), biases 0; float32."""
+    return draw(rng, feed_forward_shapes(width, inner), std)
 
 
 def feed_forward(

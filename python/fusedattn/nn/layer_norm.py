@@ -6,17 +6,16 @@ import numpy as np
 
 from fusedattn import _core
 from fusedattn.nn._core_ops import empty, rows_of
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
+
+
+def layer_norm_shapes(width: int) -> Shapes:
+    """``weight`` and ``bias``, both (width,)."""
+    return {"weight": (width,), "bias": (width,)}
 
 
 def init_layer_norm(width: int) -> Params:
-    """Scale 1 and shift 0; float32.
-
-    Returns
-    -------
-    dict
-        ``weight`` and ``bias``, both (width,).
-    """
+    """Parameters of `layer_norm_shapes`: scale 1 and shift 0; float32."""
     return {"weight": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import product, rows_of
-from fusedattn.nn._types import Array, Params, ResidualVJP, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import Array, Params, ResidualVJP, Rng, Shapes
+
+
+def linear_shapes(inputs: int, outputs: int) -> Shapes:
+    """``weight`` (outputs, inputs) and ``bias`` (outputs,)."""
+    return {"weight": (outputs, inputs), "bias": (outputs,)}
 
 
 def init_linear(rng: Rng, inputs: int, outputs: int, std: float = 0.02) -> Params:
-    """Weights drawn from N(0, std²), bias 0; float32.
-
-    Returns
-    -------
-    dict
-        ``weight`` (outputs, inputs) and ``bias`` (outputs,).
-    """
-    weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
-    weight *= std
-    return {"weight": weight, "bias": np.zeros(outputs, np.float32)}
+    """Parameters of `linear_shapes`: weights drawn from N(0, std²), bias 0; float32."""
+    return draw(rng, linear_shapes(inputs, outputs), std)
 
 
 def linear(params: Params, x: Array, *, added: Array | None = None) -> tuple[Array, ResidualVJP]:

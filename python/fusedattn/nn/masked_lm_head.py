@@ -5,19 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import empty, product, rows_of
-from fusedattn.nn._types import VJP2, Array, Params, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP2, Array, Params, Rng, Shapes
 from fusedattn.nn.feed_forward import activation_of
-from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
-from fusedattn.nn.linear import init_linear, weight_gradients
+from fusedattn.nn.layer_norm import layer_norm, layer_norm_shapes
+from fusedattn.nn.linear import linear_shapes, weight_gradients
+
+
+def masked_lm_head_shapes(width: int, vocab_size: int) -> Shapes:
+    """A linear layer ``dense`` and a layer norm ``norm`` of `width`, and ``bias`` (vocab_size,)."""
+    return {
+        "dense": linear_shapes(width, width),
+        "norm": layer_norm_shapes(width),
+        "bias": (vocab_size,),
+    }
 
 
 def init_masked_lm_head(rng: Rng, width: int, vocab_size: int, std: float = 0.02) -> Params:
-    """A linear layer ``dense`` and a layer norm ``norm`` of `width`, and ``bias`` (vocab_size,)."""
-    return {
-        "dense": init_linear(rng, width, width, std),
-        "norm": init_layer_norm(width),
-        "bias": np.zeros(vocab_size, np.float32),
-    }
+    """Parameters of `masked_lm_head_shapes`: the matrix from N(0, std²), scale 1, biases 0."""
+    return draw(rng, masked_lm_head_shapes(width, vocab_size), std)
 
 
 def masked_lm_head(

@@ -8,12 +8,13 @@ import numpy as np
 
 from fusedattn import attention_varlen, attention_varlen_backward
 from fusedattn.nn._core_ops import draw_seed, empty
-from fusedattn.nn._types import Array, Params, ResidualVJP, Rng
-from fusedattn.nn.linear import init_linear, linear
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import Array, Params, ResidualVJP, Rng, Shapes
+from fusedattn.nn.linear import linear, linear_shapes
 
 
-def init_self_attention(rng: Rng, width: int, std: float = 0.02) -> Params:
-    """One fused projection to queries, keys and values, and one of the result; float32.
+def self_attention_shapes(width: int) -> Shapes:
+    """One fused projection to queries, keys and values, and one of the result.
 
     Returns
     -------
@@ -21,10 +22,12 @@ def init_self_attention(rng: Rng, width: int, std: float = 0.02) -> Params:
         ``qkv``, a linear layer from width to 3 * width, rows in the order q, k, v, each head after
         head; and ``out``, a linear layer from width to width.
     """
-    return {
-        "qkv": init_linear(rng, width, 3 * width, std),
-        "out": init_linear(rng, width, width, std),
-    }
+    return {"qkv": linear_shapes(width, 3 * width), "out": linear_shapes(width, width)}
+
+
+def init_self_attention(rng: Rng, width: int, std: float = 0.02) -> Params:
+    """Parameters of `self_attention_shapes`: weights drawn from N(0, std²), biases 0; float32."""
+    return draw(rng, self_attention_shapes(width), std)
 
 
 def self_attention(

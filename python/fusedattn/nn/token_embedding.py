@@ -5,23 +5,25 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import gather_sum, scatter_sum
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._shapes import draw
+from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
 from fusedattn.nn.dropout import dropout
-from fusedattn.nn.embedding import init_embedding
-from fusedattn.nn.layer_norm import init_layer_norm, layer_norm
+from fusedattn.nn.embedding import embedding_shapes
+from fusedattn.nn.layer_norm import layer_norm, layer_norm_shapes
+
+
+def token_embedding_shapes(vocab_size: int, positions: int, types: int, width: int) -> Shapes:
+    """Tables ``word``, ``position`` and, unless `types` is 0, ``type``, and a layer ``norm``."""
+    rows = {"word": vocab_size, "position": positions} | ({"type": types} if types else {})
+    tables = {name: embedding_shapes(count, width) for name, count in rows.items()}
+    return tables | {"norm": layer_norm_shapes(width)}
 
 
 def init_token_embedding(
     rng: Rng, vocab_size: int, positions: int, types: int, width: int, std: float = 0.02
 ) -> Params:
-    """Tables ``word``, ``position`` and, unless `types` is 0, ``type``, and a layer ``norm``."""
-    params = {
-        "word": init_embedding(rng, vocab_size, width, std),
-        "position": init_embedding(rng, positions, width, std),
-    }
-    if types:
-        params["type"] = init_embedding(rng, types, width, std)
-    return params | {"norm": init_layer_norm(width)}
+    """Parameters of `token_embedding_shapes`: tables drawn from N(0, std²), the norm 1 and 0."""
+    return draw(rng, token_embedding_shapes(vocab_size, positions, types, width), std)
 
 
 def token_embedding(
