@@ -9,8 +9,8 @@ from fusedattn.encoder import (
     Encoder,
     EncoderConfig,
     TextClassifier,
-    encode,
     encoder_shapes,
+    hidden_states,
     init_encoder,
 )
 from fusedattn.nn import draw, flatten, map_leaves, unflatten
@@ -253,5 +253,5 @@ def test_start_depends_on_the_seed_alone():
     assert not np.array_equal(one["embeddings.word.weight"], other["embeddings.word.weight"])
     spread = init_encoder(np.random.default_rng(0), config(initializer_range=0.1))
     assert abs(flatten(spread)["blocks.0.attention.qkv.weight"].std() - 0.1) < 0.01
-    hidden, _ = encode(spread, CONFIG, np.array([1, 2]), np.array([0, 2]))
+    hidden, _ = hidden_states(spread, CONFIG, np.array([1, 2]), np.array([0, 2]))
     assert hidden.shape == (2, 16)

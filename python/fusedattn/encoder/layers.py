@@ -31,7 +31,7 @@ def init_encoder(rng: Rng, config: EncoderConfig) -> Params:
     return nn.draw(rng, encoder_shapes(config), config.initializer_range)
 
 
-def encode(
+def hidden_states(
     params: Params, config: EncoderConfig, ids: Array, cu_seqlens: Array, rng: Rng | None = None
 ) -> tuple[Array, VJP]:
     """The hidden state of every token.
@@ -79,7 +79,7 @@ def encode(
 
 
 def infer(params: Params, config: EncoderConfig, ids: Array, cu_seqlens: Array) -> Array:
-    """The hidden states of `encode` alone: what a block keeps for its vjp is freed after it."""
+    """`hidden_states` without their vjp: what a block keeps for its vjp is freed after it."""
     x = _embed(params, config, ids, cu_seqlens, None)[0]
     for block in params["blocks"].values():
         x = _block(block, config, x, cu_seqlens, None)[0]

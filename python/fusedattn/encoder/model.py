@@ -11,7 +11,7 @@ import numpy as np
 from fusedattn._whole import whole_folder
 from fusedattn.encoder.config import EncoderConfig
 from fusedattn.encoder.folder import read_folder, write_model
-from fusedattn.encoder.layers import encode, encoder_shapes, infer, init_encoder
+from fusedattn.encoder.layers import encoder_shapes, hidden_states, infer, init_encoder
 from fusedattn.encoder.names import from_disk, to_disk
 from fusedattn.encoder.sentence_files import read_pooling, write_pooling
 from fusedattn.encoder.tokenizer_files import read_tokenizer, write_tokenizer
@@ -56,8 +56,8 @@ class Encoder:
         self.pooling, self.normalize = pooling, normalize
 
     def forward(self, batch: Batch, rng: Rng | None = None) -> tuple[Array, VJP]:
-        """Hidden states (T, hidden_size) and their vjp; see `encode` of this package."""
-        return encode(self.params, self.config, batch.ids, batch.cu_seqlens, rng)
+        """Hidden states (T, hidden_size) and their vjp; see `fusedattn.encoder.hidden_states`."""
+        return hidden_states(self.params, self.config, batch.ids, batch.cu_seqlens, rng)
 
     def infer(self, batch: Batch) -> Array:
         """The hidden states of `forward`, without dropout and without what a vjp needs."""
