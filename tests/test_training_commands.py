@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusedattn import __version__
-from fusedattn.cli import _options, main
+from fusedattn.cli import _chunks, main
 from fusedattn.encoder import Encoder, MaskedLM, TextClassifier
 from fusedattn.text import Masking
 from fusedattn.train import CHECKPOINT, HISTORY, read_history
@@ -154,7 +154,7 @@ def test_predict(model, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """Seven texts, to be taken two at a time."""
-    monkeypatch.setattr(_options, "CHUNK", 2)
+    monkeypatch.setattr(_chunks, "SIZE", 2)
     path = tmp_path / "texts.txt"
     path.write_text(
         "".join(f"the {word} and the ship\n" for word in WORDS["sea"] + WORDS["sky"][:2])

@@ -11,14 +11,15 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fusedattn._whole import whole_file
-from fusedattn.cli import _options
+from fusedattn.cli import _out
 
+SIZE = 1024  # texts to predict or encode at a time: what a kill can cost
 NOTE = "of.json"
 _MODEL = {".json", ".safetensors", ".txt"}  # the endings of what says what a model computes
 
@@ -72,7 +73,7 @@ class Chunks:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if kind is KeyboardInterrupt:
-            print(f"{_options.again(self.restart)} goes on from {self.folder}.", file=sys.stderr)
+            print(f"{_out.again(self.restart)} goes on from {self.folder}.", file=sys.stderr)
 
     def add(self, content: bytes) -> None:
         """Keep one more chunk."""
@@ -118,3 +119,14 @@ def describe(model: Path, texts: Sequence[str], **options: Any) -> dict[str, Any
     for file in sorted(p for p in model.rglob("*") if p.suffix in _MODEL):
         crc = zlib.crc32(file.read_bytes(), crc)
     return {"model": crc, "texts": zlib.crc32(json.dumps(texts).encode()), **options}
+
+
+def probabilities(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[Any]:
+    """Yield the probabilities of `texts` from `start` on, SIZE texts at a time, with a bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(texts), initial=start, disable=None, unit="text") as bar:
+        for begin in range(start, len(texts), SIZE):
+            chunk = texts[begin : begin + SIZE]
+            yield model.predict_proba(chunk)
+            bar.update(len(chunk))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedattn.cli import _chunks, _options
+from fusedattn.cli import _chunks, _reading, _threads
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,8 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="[%(default)s]")
     parser.add_argument("--restart", action="store_true", help="begin anew, whatever --out holds")
-    parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
-    _options.add_reading(parser)
+    _threads.add_option(parser)
+    _reading.add_options(parser)
     parser.set_defaults(func=run)
 
 
@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from fusedattn.encoder import Encoder
 
     _chunks.check(args.out, args.restart)
-    size = _options.CHUNK
-    with _options.threads(args.threads):
+    size = _chunks.SIZE
+    with _threads.limited_to(args.threads):
         encoder = Encoder.from_pretrained(args.model)
-        texts = _options.read_texts(args)
+        texts = _reading.read_texts(args)
         options = {"normalize": args.normalize, "batch_size": args.batch_size, "chunk": size}
         results_of = _chunks.describe(args.model, texts, **options)
         with _chunks.Chunks(args.out, results_of, args.restart) as chunks:

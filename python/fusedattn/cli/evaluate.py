@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedattn.cli import _options
+from fusedattn.cli import _chunks, _reading, _threads
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,8 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("data", metavar="DATA", help="a file, a folder a class, or - for stdin")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
-    _options.add_reading(parser)
+    _threads.add_option(parser)
+    _reading.add_options(parser)
     parser.set_defaults(func=run)
 
 
@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from fusedattn.metrics import accuracy, macro_f1
     from fusedattn.text import Dataset
 
-    with _options.threads(args.threads):
+    with _threads.limited_to(args.threads):
         model = TextClassifier.from_pretrained(args.model)
-        examples = _options.read(args.data, args)
+        examples = _reading.read(args.data, args)
         data = Dataset.from_texts(
             model.encoder.tokenizer, examples.texts, examples.labels, model.names
         )
-        proba = np.concatenate(list(_options.probabilities(model, examples.texts)))
+        proba = np.concatenate(list(_chunks.probabilities(model, examples.texts)))
     assert data.labels is not None
     guesses = proba.argmax(axis=1)
     loss = cross_entropy(np.log(np.maximum(proba, np.finfo(proba.dtype).tiny)), data.labels)[0]

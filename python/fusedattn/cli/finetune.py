@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedattn.cli import _options
+from fusedattn.cli import _encoders, _out, _reading, _threads, _training
 
 if TYPE_CHECKING:
     from fusedattn.text import Examples
@@ -48,21 +48,21 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
     parser.add_argument("--class-weights", choices=("balanced",))
     parser.add_argument("--monitor", choices=("accuracy", "macro_f1", "loss"), default="accuracy")
-    _options.add_model(parser)
-    _options.add_training(parser, label_smoothing=0.1)
-    _options.add_reading(parser)
+    _encoders.add_options(parser)
+    _training.add_options(parser, label_smoothing=0.1)
+    _reading.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, report; 130 after Ctrl-C."""
-    with _options.threads(args.threads):
-        resume = _options.check_out(args.out, args.restart)
+    with _threads.limited_to(args.threads):
+        resume = _out.check_out(args.out, args.restart)
         model, result, report = train(args, read(args), resume=resume)
         if result.interrupted:
-            print(_options.interrupted(args))
+            print(_out.interrupted(args))
             return 130
         print(json.dumps({name: round(value, 4) for name, value in report.items()}))
-        wrote = _options.finish(args.out, model, result, vars(args) | {"result": report})
+        wrote = _out.finish(args.out, model, result, vars(args) | {"result": report})
     print(f"Wrote {wrote} to {args.out}.")
     return 0
 
@@ -71,9 +71,9 @@ def read(args: argparse.Namespace) -> tuple[Examples, Examples]:
     """The texts to learn from and those to choose the best by."""
     from fusedattn.text import split_examples
 
-    examples = _options.read(args.data, args)
+    examples = _reading.read(args.data, args)
     if args.validation:
-        return examples, _options.read(args.validation, args)
+        return examples, _reading.read(args.validation, args)
     return split_examples(examples, args.validation_share, args.split_seed)
 
 
@@ -89,15 +89,15 @@ def train(
     train, held = examples
     names = label_names(train.labels if args.validation else train.labels + held.labels)
     if args.start:
-        encoder = _options.adapt(Encoder.from_pretrained(args.start), args)
+        encoder = _encoders.adapt(Encoder.from_pretrained(args.start), args)
     else:
-        encoder = _options.new_encoder(args, train.texts, dropout=0.3)
+        encoder = _encoders.new_encoder(args, train.texts, dropout=0.3)
     tokenizer = encoder.tokenizer
     model = TextClassifier(encoder, names, seed=args.seed, pooling=args.pooling)
     learning = Dataset.from_texts(tokenizer, train.texts, train.labels, names)
     validation = Dataset.from_texts(tokenizer, held.texts, held.labels, names)
     # read now: what is wrong with it should not be found out after hours of training
-    test = _options.read(args.test, args) if args.test else Examples()
+    test = _reading.read(args.test, args) if args.test else Examples()
     tested = Dataset.from_texts(tokenizer, test.texts, test.labels, names)
     size = sum(p.size for _, p in leaves(model.params))
     print(
@@ -108,10 +108,10 @@ def train(
     hidden = (0.0 if args.start else 0.2) if args.hide_words is None else args.hide_words
     trainer = Trainer(
         model,
-        _options.training_config(args),
+        _training.training_config(args),
         augment=(lambda b, rng: hide_tokens(b, hidden, tokenizer, rng)) if hidden else None,
         out_dir=args.out,
-        settings=_options.settings(args),
+        settings=_training.settings(args),
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     report: dict[str, float] = {"parameters": size, "best_epoch": result.best_epoch}

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fusedattn.cli import _chunks, _options
+from fusedattn.cli import _chunks, _reading, _threads
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,8 +27,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="[standard output]")
     parser.add_argument("--restart", action="store_true", help="begin anew, whatever --out holds")
-    parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
-    _options.add_reading(parser)
+    _threads.add_option(parser)
+    _reading.add_options(parser)
     parser.set_defaults(func=run)
 
 
@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         _chunks.check(args.out, args.restart)
-    with _options.threads(args.threads):
+    with _threads.limited_to(args.threads):
         model = TextClassifier.from_pretrained(args.model)
-        texts = _options.read_texts(args)
+        texts = _reading.read_texts(args)
         if args.out is None:
             for content in predicted(model, texts):
                 sys.stdout.write(content)
                 sys.stdout.flush()
             return 0
-        results_of = _chunks.describe(args.model, texts, chunk=_options.CHUNK)
+        results_of = _chunks.describe(args.model, texts, chunk=_chunks.SIZE)
         with _chunks.Chunks(args.out, results_of, args.restart) as chunks:
-            for content in predicted(model, texts, chunks.done * _options.CHUNK):
+            for content in predicted(model, texts, chunks.done * _chunks.SIZE):
                 chunks.add(content.encode())
             chunks.finish()
     print(f"Wrote {len(texts):,} lines to {args.out}.", file=sys.stderr)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def predicted(model: Any, texts: Sequence[str], start: int = 0) -> Iterator[str]:
     """Yield the lines of the texts from `start` on, chunk after chunk."""
     rest = iter(texts[start:])
-    for proba in _options.probabilities(model, texts, start):
+    for proba in _chunks.probabilities(model, texts, start):
         yield "".join(json_lines(model.names, islice(rest, len(proba)), proba))
 
 

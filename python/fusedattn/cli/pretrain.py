@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusedattn.cli import _options
+from fusedattn.cli import _encoders, _out, _reading, _threads, _training
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,15 +29,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of that share [0]")
     parser.add_argument("--mask", type=float, default=0.15, metavar="X", help="share [%(default)s]")
     parser.add_argument("--whole-words", action="store_true", help="mask all of a word's pieces")
-    _options.add_model(parser)
-    _options.add_training(parser, max_sentences=64)
-    _options.add_reading(parser)
+    _encoders.add_options(parser)
+    _training.add_options(parser, max_sentences=64)
+    _reading.add_options(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, report; 130 after Ctrl-C."""
-    with _options.threads(args.threads):
+    with _threads.limited_to(args.threads):
         return _run(args)
 
 
@@ -46,14 +46,14 @@ def _run(args: argparse.Namespace) -> int:
     from fusedattn.text import Dataset, Examples, Masking, split_examples, tokenize_pieces
     from fusedattn.train import Trainer, evaluate_masked
 
-    resume = _options.check_out(args.out, args.restart)
-    texts = [t for path in args.data for t in _options.read(path, args, labelled=False).texts]
+    resume = _out.check_out(args.out, args.restart)
+    texts = [t for path in args.data for t in _reading.read(path, args, labelled=False).texts]
     train, held = split_examples(Examples(texts), args.validation_share, args.split_seed)
     if args.start:
-        encoder = _options.adapt(Encoder.from_pretrained(args.start), args)
+        encoder = _encoders.adapt(Encoder.from_pretrained(args.start), args)
         model = masked_lm(args.start, encoder, args.seed)
     else:
-        encoder = _options.new_encoder(args, train.texts, dropout=0.1)
+        encoder = _encoders.new_encoder(args, train.texts, dropout=0.1)
         model = MaskedLM(encoder, seed=args.seed)
     masking = Masking(encoder.tokenizer, args.mask, args.whole_words)
     learning = Dataset(tokenize_pieces(encoder.tokenizer, train.texts))
@@ -65,22 +65,22 @@ def _run(args: argparse.Namespace) -> int:
     )
     trainer = Trainer(
         model,
-        _options.training_config(args, monitor="loss"),
+        _training.training_config(args, monitor="loss"),
         augment=masking,
         evaluate=lambda m, data: evaluate_masked(m, data, masking),
         out_dir=args.out,
-        settings=_options.settings(args),
+        settings=_training.settings(args),
     )
     result = trainer.fit(learning, validation if len(validation) else None, resume=resume)
     if result.interrupted:
-        print(_options.interrupted(args))
+        print(_out.interrupted(args))
         return 130
     report: dict[str, float] = {"best_epoch": result.best_epoch}
     if len(validation):
         found = evaluate_masked(model, validation, masking)
         report |= {f"validation_{name}": value for name, value in found.items()}
     print(json.dumps({name: round(value, 4) for name, value in report.items()}))
-    wrote = _options.finish(args.out, model, result, vars(args) | {"result": report})
+    wrote = _out.finish(args.out, model, result, vars(args) | {"result": report})
     print(f"Wrote {wrote} to {args.out}.")
     return 0
 

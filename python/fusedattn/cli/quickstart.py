@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedattn.cli import _options
+from fusedattn.cli import _out, _threads
 from fusedattn.cli._baseline import bag_of_words, tune
 from fusedattn.cli._docstrings import Passage, Task, docstring_task, split_by_file
 
@@ -76,20 +76,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pretrain-epochs", type=int, default=PRETRAINING_EPOCHS, help="[%(default)s]"
     )
     parser.add_argument("--restart", action="store_true", help="begin anew, whatever --out holds")
-    parser.add_argument("--threads", type=int, help="of the kernel and of NumPy's BLAS [all cores]")
+    _threads.add_option(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do the whole of it; 0."""
-    from fusedattn import set_num_threads
-
-    if args.threads is None:
-        return _run(args)
-    from threadpoolctl import threadpool_limits
-
-    set_num_threads(args.threads)
-    with threadpool_limits(args.threads):
+    with _threads.limited_to(args.threads):
         return _run(args)
 
 
@@ -98,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
     from fusedattn.train import remove_checkpoint
 
     folders = {name: args.out / name for name in ("pretraining", "not-pretrained")}
-    if not _options.check_out(args.out, args.restart, list(folders.values())):
+    if not _out.check_out(args.out, args.restart, list(folders.values())):
         for folder in (args.out, *folders.values()):  # of settings that may be others
             remove_checkpoint(folder)
     started = time.perf_counter()
@@ -120,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         model = train_classifier(encoder, task, args, args.out)
         guesses["encoder, pre-trained"] = model.predict(texts)
     except KeyboardInterrupt:
-        print(_options.interrupted(args), file=sys.stderr)
+        print(_out.interrupted(args), file=sys.stderr)
         raise
     predictions = baselines(task) | guesses
     print("\n" + score_table(task.packages, truth, predictions))

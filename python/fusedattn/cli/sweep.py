@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusedattn._whole import whole_file
-from fusedattn.cli import _options, finetune
+from fusedattn.cli import _out, _threads, finetune
 
 if TYPE_CHECKING:
     from fusedattn.text import Examples
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(args.out / TABLE, settings)
     done = {(entry["dim"], entry["seed"]) for entry in runs}
     wanted = [(dim, args.seed + n) for dim in dict.fromkeys(args.dim) for n in range(args.seeds)]
-    with _options.threads(args.threads):
+    with _threads.limited_to(args.threads):
         for dim, seed in (pair for pair in wanted if pair not in done):
             print(f"width {dim}, seed {seed}:", end=" ", flush=True)
             out = args.out / f"dim{dim}-seed{seed}"
             one = argparse.Namespace(**{**vars(args), "dim": dim, "seed": seed, "out": out})
             _, result, report = finetune.train(one, examples, resume=not args.restart)
             if result.interrupted:
-                print(_options.interrupted(args))
+                print(_out.interrupted(args))
                 return 130
             entry = {"dim": dim, "seed": seed, **report, "settings": settings}
             runs.append(entry)
