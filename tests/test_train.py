@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -17,10 +19,11 @@ import pytest
 from fusedattn.encoder import Encoder, EncoderConfig, TextClassifier
 from fusedattn.losses import cross_entropy
 from fusedattn.metrics import accuracy, macro_f1
-from fusedattn.nn import flatten, leaves
+from fusedattn.nn import flatten, leaves, map_leaves
 from fusedattn.text import Dataset
 from fusedattn.train import (
     CHECKPOINT,
+    Sums,
     Trainer,
     TrainingConfig,
     evaluate,
@@ -292,6 +295,57 @@ def test_accumulated_batches_are_one_large_batch():
         models.append(flatten(model.params))
     for name, p in models[0].items():
         np.testing.assert_allclose(p, models[1][name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def take_steps(batches, accumulate, reduce=None):
+    """The parameters after an epoch of exactly these batches, without dropout, and the losses."""
+    model = TextClassifier(Encoder(replace(CONFIG, hidden_dropout_prob=0.0)), ["a", "b", "c"])
+    given = iter(batches)
+    trainer = Trainer(
+        model,
+        TrainingConfig(
+            epochs=1, max_sentences=1, accumulate=accumulate, max_grad_norm=0.1, freeze=FROZEN
+        ),
+        augment=lambda batch, rng: next(given),
+        reduce=reduce,
+    )
+    result = trainer.fit(Dataset([np.array([1], np.int32)] * len(batches)))
+    return flatten(model.params), result.history[-1]["train_loss"]
+
+
+FROZEN = ("encoder.embeddings", "encoder.blocks.0.attention.")
+
+
+def test_two_that_reduce_take_the_steps_of_one_that_accumulates():
+    """Threads stand for processes: the same bits, though the shares have unlike labels."""
+    batches = list(first_token_data(count=55).batches(4096, 10))
+    assert [len(batch) for batch in batches] == [10, 10, 10, 10, 10, 5]
+    shares, barrier = [None, None], threading.Barrier(2)
+
+    def train(rank):
+        def reduce(sums):
+            assert not any(name.startswith(FROZEN) for name in flatten(sums.gradients))
+            shares[rank] = sums
+            calls.append(rank)
+            barrier.wait(60)
+            first, second = shares
+            others = flatten(second.gradients)
+            gradients = map_leaves(lambda name, g: g + others[name], first.gradients)
+            barrier.wait(60)
+            return Sums(first.loss + second.loss, first.labels + second.labels, gradients)
+
+        return take_steps(batches[rank::2], 1, reduce)
+
+    calls = []
+    expected, loss = take_steps(batches, 2)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(train, range(2)))
+    assert sorted(calls) == [0, 0, 0, 1, 1, 1]
+    for params, mean in results:
+        np.testing.assert_equal(params, expected)
+        assert mean == loss
+    alone, _ = take_steps(batches[::2], 1)
+    assert not np.array_equal(alone["classifier.weight"], expected["classifier.weight"])
 
 
 def test_evaluation_every_few_steps_and_early_stopping():

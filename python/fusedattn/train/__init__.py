@@ -3,7 +3,7 @@
 from fusedattn.train.config import TrainingConfig
 from fusedattn.train.evaluation import evaluate, evaluate_masked
 from fusedattn.train.files import CHECKPOINT, HISTORY, plot_history, read_history, remove_checkpoint
-from fusedattn.train.model import Loss, Model
+from fusedattn.train.model import Loss, Model, Reduce, Sums
 from fusedattn.train.rates import layer_rates
 from fusedattn.train.trainer import Trainer, TrainingResult
 
@@ -12,6 +12,8 @@ __all__ = [
     "HISTORY",
     "Loss",
     "Model",
+    "Reduce",
+    "Sums",
     "Trainer",
     "TrainingConfig",
     "TrainingResult",

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from fusedattn.losses import cross_entropy
-from fusedattn.nn import Array, Params, Rng, leaves, unflatten
+from fusedattn.nn import Array, Rng, leaves, unflatten
 from fusedattn.optim import SCHEDULES, AdamW, clip_scale, global_norm
 from fusedattn.text import IGNORE, Batch, Dataset
 from fusedattn.train.config import TrainingConfig
 from fusedattn.train.evaluation import evaluate as evaluate_classifier
 from fusedattn.train.files import remove_checkpoint, write_history
-from fusedattn.train.model import Loss, Model
+from fusedattn.train.model import Loss, Model, Reduce, Sums
 from fusedattn.train.rates import layer_rates
-from fusedattn.train.state import Run, hold_interrupts, identify
+from fusedattn.train.state import Run, State, hold_interrupts, identify
 
 _ORDER, _NOISE = 0, 1  # two streams of random numbers from one seed
 
@@ -67,6 +67,10 @@ class Trainer:
         pre-training, say.
     evaluate : callable, default `fusedattn.train.evaluate`
         (model, data) -> metrics by name, `config.monitor` among them.
+    reduce : callable, optional
+        (`Sums`) -> `Sums`, called once a step with what its batches add up to, before the gradients
+        are clipped and the parameters updated: where several processes train together, it gives
+        each of them the sums of all. Left out, the step is made of this process's batches alone.
     out_dir : path, optional
         Where history.jsonl and the checkpoint go. The checkpoint is written every
         `config.checkpoint_seconds`, after Ctrl-C and at the end.
@@ -85,12 +89,13 @@ class Trainer:
         loss: Loss | None = None,
         augment: Callable[[Batch, Rng], Batch] | None = None,
         evaluate: Callable[[Any, Dataset], dict[str, float]] | None = None,
+        reduce: Reduce | None = None,
         out_dir: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         show_progress_bar: bool | None = None,
     ) -> None:
         self.model, self.config = model, config
-        self.loss, self.augment = loss, augment
+        self.loss, self.augment, self.reduce = loss, augment, reduce
         self.evaluate = evaluate or (
             lambda m, data: evaluate_classifier(m, data, config.max_tokens)
         )
@@ -201,19 +206,21 @@ class Trainer:
         config, state = self.config, run.state
         started = time.perf_counter()
         sentences, tokens = sum(map(len, group)), sum(len(batch.ids) for batch in group)
-        loss, count, grads = self._gradients(group, state)
+        sums = self._add_up(group, state)
+        if self.reduce is not None:
+            sums = self.reduce(sums)
+        labels = max(1, sums.labels)  # 0 where there was nothing to predict: no gradient either
+        loss = sums.loss / labels
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss: expected a finite number, got {loss} at step {state.step + 1}; "
                 f"a lower learning rate than {config.learning_rate} may help"
             )
-        # no gradient where a batch had nothing to predict; frozen ones do not count in the norm
-        learning = unflatten({n: g for n, g in leaves(grads) if self._rates[n]})
-        scale = clip_scale(global_norm(learning) / max(1, count), config.max_grad_norm)
+        scale = clip_scale(global_norm(sums.gradients) / labels, config.max_grad_norm)
         progress = (state.seen + 0.5 * sentences) / total
         rate = config.learning_rate * SCHEDULES[config.schedule](progress, config.warmup)
         with hold_interrupts():
-            run.optimizer.step(grads, rate, scale / max(1, count))
+            run.optimizer.step(sums.gradients, rate, scale / labels)
             state.step += 1
             state.batch += len(group)
             state.seen += sentences
@@ -226,9 +233,10 @@ class Trainer:
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(sentences)
 
-    def _gradients(self, group: list[Batch], state: Any) -> tuple[float, int, Params]:
-        """The mean loss of the labels of a group of batches, their number, and summed gradients."""
-        total, count, sums = 0.0, 0, None
+    def _add_up(self, group: list[Batch], state: State) -> Sums:
+        """The sums of a group of batches, in their order."""
+        total, count = 0.0, 0
+        sums: dict[str, Array] = {}
         for place, batch in enumerate(group, state.batch):
             rng = np.random.default_rng((self.config.seed, _NOISE, state.epoch, place))
             if self.augment is not None:
@@ -242,14 +250,10 @@ class Trainer:
                 count += len(labels)
             else:
                 dlogits = np.zeros_like(logits)
-            grads, _ = vjp(dlogits)
-            if sums is None:
-                sums = grads
-            else:
-                added = dict(leaves(grads))
-                sums = unflatten({name: g + added[name] for name, g in leaves(sums)})
-        assert sums is not None
-        return total / max(1, count), count, sums
+            grads = leaves(vjp(dlogits)[0])
+            learning = {name: g for name, g in grads if self._rates[name]}
+            sums = {n: sums[n] + g for n, g in learning.items()} if sums else learning
+        return Sums(total, count, unflatten(sums))
 
     def _record(self, run: Run, train: Dataset, validation: Dataset | None) -> None:
         """Evaluate, unless this step has been, and write a line of history."""
