@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "fusedattn"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Who may know whom: cli -> train -> encoder, losses, optim -> nn -> attention -> _core.
+# Who may know whom: cli, integrations -> train -> encoder, losses, optim, text -> nn -> the public
+# functions -> _core.
 # "" is the package's own __init__, through which the upper storeys reach attention.
 BELOW_NN = {"", "_attention", "_core", "_varlen"}
 MAY_IMPORT = {

@@ -52,7 +52,8 @@ def hidden_states(
     -------
     hidden : array (T, hidden_size)
     vjp : callable
-        dhidden -> (dparams, an empty array: ids have no gradient).
+        dhidden -> (dparams, an empty array: ids have no gradient). It goes down to the lowest
+        part that learns, and no further: what is `fusedattn.nn.Frozen` has no gradients.
 
     Raises
     ------
@@ -65,15 +66,18 @@ def hidden_states(
         x, block_vjps[name] = _block(block, config, x, cu_seqlens, rng)
     if config.norm_first:
         x, last_vjp = nn.layer_norm(params["norm"], x, config.layer_norm_eps)
+    parts = [params["embeddings"], *params["blocks"].values()]
+    lowest = next((i for i, part in enumerate(parts) if nn.learns(part)), len(parts))
 
     def vjp(dx: Array) -> tuple[Params, Array]:
         grads: Params = {"embeddings": {}, "blocks": {}}
         if config.norm_first:
             grads["norm"], dx = last_vjp(dx)
-        for name in reversed(block_vjps):
+        for name in reversed(list(block_vjps)[max(0, lowest - 1) :]):
             grads["blocks"][name], dx = block_vjps[name](dx)
-        grads["embeddings"], nothing = embeddings_vjp(dx)
-        return grads, nothing
+        if lowest == 0:
+            grads["embeddings"], dx = embeddings_vjp(dx)
+        return grads, np.empty((0,), dx.dtype)
 
     return x, vjp
 

@@ -56,21 +56,24 @@ class MaskedLM:
         """
         config = self.encoder.config
         rows = np.flatnonzero(batch.labels != IGNORE) if len(batch.labels) else None
-        word = self.encoder.params["embeddings"]["word"]["weight"]
+        word = self.encoder.params["embeddings"]["word"]
+        learns = nn.learns(word)
         hidden, encoder_vjp = self.encoder.forward(batch, rng)
         logits, head_vjp = nn.masked_lm_head(
             self.params["head"],
             hidden,
-            word,
+            word["weight"],
             rows,
             activation=config.head_act,
             eps=config.layer_norm_eps,
+            learn_weight=learns,
         )
 
         def vjp(dlogits: Array) -> tuple[Params, Array]:
             dhead, dhidden, dword = head_vjp(dlogits)
             dencoder, nothing = encoder_vjp(dhidden)
-            dencoder["embeddings"]["word"]["weight"] += dword
+            if learns:
+                dencoder["embeddings"]["word"]["weight"] += dword
             return {"encoder": dencoder, "head": dhead}, nothing
 
         return logits, vjp

@@ -3,6 +3,8 @@
 Parameters are plain nested dicts of arrays. A layer holds no state, changes neither its parameters
 nor its inputs, and computes in the dtype of its input (float32 to use it, float64 to check it).
 
+Parameters that are `Frozen` get no gradients, {} in their place, and none are made.
+
 A layer of two inputs, `cross_attention` say, gives the gradients of both: ``dparams, dx, dmemory``.
 
 A batch is packed: its tokens lie end to end in x (T, width), and ``cu_seqlens`` (N + 1,) says where
@@ -12,6 +14,7 @@ To add a layer, add one file that defines the function of the file's name and an
 tests find it and check its gradients.
 """
 
+from fusedattn.nn._frozen import Frozen, freezing, learns
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._tree import flatten, leaves, map_leaves, unflatten
 from fusedattn.nn._types import VJP, VJP2, Array, Params, Rng, Shapes
@@ -55,6 +58,7 @@ __all__ = [
     "VJP",
     "VJP2",
     "Array",
+    "Frozen",
     "Params",
     "Rng",
     "Shapes",
@@ -70,6 +74,7 @@ __all__ = [
     "feed_forward",
     "feed_forward_shapes",
     "flatten",
+    "freezing",
     "gelu",
     "gelu_tanh",
     "init_cross_attention",
@@ -83,6 +88,7 @@ __all__ = [
     "init_token_embedding",
     "layer_norm",
     "layer_norm_shapes",
+    "learns",
     "leaves",
     "linear",
     "linear_shapes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import gather_sum, rows_of, scatter_sum
+from fusedattn.nn._frozen import learns
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
 
@@ -39,8 +40,10 @@ def embedding(params: Params, ids: Array) -> tuple[Array, VJP]:
     y = gather_sum([weight], [ids])
 
     def vjp(dy: Array) -> tuple[Params, Array]:
-        dweight = scatter_sum(rows_of(dy), ids, len(weight))
-        return {"weight": dweight}, np.empty((0,), dy.dtype)
+        nothing = np.empty((0,), dy.dtype)
+        if not learns(params):
+            return {}, nothing
+        return {"weight": scatter_sum(rows_of(dy), ids, len(weight))}, nothing
 
     return y, vjp
 

@@ -67,9 +67,9 @@ def feed_forward(
 
     def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
         dy = rows_of(dy)
-        ddown = weight_gradients(dy, a)
+        ddown = weight_gradients(down, dy, a)
         dh = product(dy, down["weight"], then="times", slope=slope)
-        dup = weight_gradients(dh, x)
+        dup = weight_gradients(up, dh, x)
         return {"up": dup, "down": ddown}, product(dh, up["weight"], added=added)
 
     return y, vjp

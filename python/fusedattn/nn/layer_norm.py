@@ -6,6 +6,7 @@ import numpy as np
 
 from fusedattn import _core
 from fusedattn.nn._core_ops import empty, rows_of
+from fusedattn.nn._frozen import learns
 from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
 
 
@@ -45,7 +46,7 @@ def layer_norm(params: Params, x: Array, eps: float = 1e-12) -> tuple[Array, VJP
         dx = empty(x.shape, x.dtype)
         dweight, dbias = np.empty_like(weight), np.empty_like(weight)
         _core.layer_norm_backward(x, rows_of(dy), dx, weight, mean, rstd, dweight, dbias)
-        return {"weight": dweight, "bias": dbias}, dx
+        return {"weight": dweight, "bias": dbias} if learns(params) else {}, dx
 
     return y, vjp
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import product, rows_of
+from fusedattn.nn._frozen import learns
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._types import Array, Params, ResidualVJP, Rng, Shapes
 
@@ -41,13 +42,15 @@ def linear(params: Params, x: Array, *, added: Array | None = None) -> tuple[Arr
 
     def vjp(dy: Array, added: Array | None = None) -> tuple[Params, Array]:
         dy = rows_of(dy)
-        return weight_gradients(dy, x), product(dy, weight, added=added)
+        return weight_gradients(params, dy, x), product(dy, weight, added=added)
 
     return y, vjp
 
 
-def weight_gradients(dy: Array, x: Array) -> Params:
-    """The gradients of an affine map's ``weight`` and ``bias``."""
+def weight_gradients(params: Params, dy: Array, x: Array) -> Params:
+    """The gradients of an affine map's ``weight`` and ``bias``; {} where `params` are frozen."""
+    if not learns(params):
+        return {}
     dbias = np.empty(dy.shape[1], dy.dtype)
     return {"weight": product(dy.T, x, row_sums=dbias), "bias": dbias}
 

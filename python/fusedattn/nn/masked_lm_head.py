@@ -5,11 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import empty, product, rows_of
+from fusedattn.nn._frozen import Frozen
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._types import VJP2, Array, Params, Rng, Shapes
 from fusedattn.nn.feed_forward import activation_of
 from fusedattn.nn.layer_norm import layer_norm, layer_norm_shapes
 from fusedattn.nn.linear import linear_shapes, weight_gradients
+
+# The bias's gradient comes with a product of its own left side, whatever the right. With as many
+# columns as this the product is made in the same way as one of all columns: its sums have the same
+# bits, on tiles too.
+_COLUMNS = 32
 
 
 def masked_lm_head_shapes(width: int, vocab_size: int) -> Shapes:
@@ -34,6 +40,7 @@ def masked_lm_head(
     *,
     activation: str = "gelu",
     eps: float = 1e-12,
+    learn_weight: bool = True,
 ) -> tuple[Array, VJP2]:
     """norm(activation(dense(x))) weightᵀ + bias, for the chosen rows alone.
 
@@ -51,6 +58,8 @@ def masked_lm_head(
         the masked 15 %, and the others cost nothing.
     activation, eps
         A key of `fusedattn.nn.ACTIVATIONS`, and of the layer norm.
+    learn_weight : bool, default True
+        Whether the vjp makes the gradient of `weight`; without, it is an empty array.
 
     Returns
     -------
@@ -68,15 +77,22 @@ def masked_lm_head(
 
     def vjp(dlogits: Array) -> tuple[Params, Array, Array]:
         dlogits = rows_of(dlogits)
-        tied = weight_gradients(dlogits, n)
+        dbias = np.empty(dlogits.shape[1], dlogits.dtype)
+        dweight = np.empty((0,), dlogits.dtype)
+        if learn_weight:
+            dweight = product(dlogits.T, n, row_sums=dbias)
+        elif not isinstance(params, Frozen):
+            product(dlogits.T, n[:, :_COLUMNS], row_sums=dbias)
         dnorm, da = norm_vjp(product(dlogits, weight))
         dh = da * slope
         dx = product(dh, dense["weight"])
         if rows is not None:
             dchosen, dx = dx, np.zeros(x.shape, dx.dtype)
             dx[rows] = dchosen
-        dparams = {"dense": weight_gradients(dh, chosen), "norm": dnorm, "bias": tied["bias"]}
-        return dparams, dx, tied["weight"]
+        dparams: Params = {"dense": weight_gradients(dense, dh, chosen), "norm": dnorm}
+        if not isinstance(params, Frozen):
+            dparams["bias"] = dbias
+        return dparams, dx, dweight
 
     return logits, vjp
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusedattn.nn._core_ops import gather_sum, scatter_sum
+from fusedattn.nn._frozen import learns
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
 from fusedattn.nn.dropout import dropout
@@ -77,6 +78,7 @@ def token_embedding(
         grads: Params = {
             name: {"weight": scatter_sum(dx, chosen[name], len(table))}
             for name, table in tables.items()
+            if learns(params[name])
         }
         return grads | {"norm": dnorm}, np.empty((0,), dx.dtype)
 

@@ -35,7 +35,8 @@ class TrainingConfig:
         What a label of each class counts in the loss; "balanced" is inverse to its frequency.
     freeze : tuple of str, default ()
         Parameters whose dotted name begins with one of these stay as they are, for example
-        ``("encoder.embeddings", "encoder.blocks.0.")``.
+        ``("encoder.embeddings", "encoder.blocks.0.")``. Layers that are wholly frozen cost no
+        gradient, and backward ends above an encoder's lowest blocks where all of them are.
     layer_decay : float, default 1
         Each block learns at this multiple of the rate of the block above it (arXiv:1801.06146).
     evaluate_every : int or None, default None

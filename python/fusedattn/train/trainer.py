@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedattn.losses import cross_entropy
-from fusedattn.nn import Array, Rng, leaves, unflatten
+from fusedattn.nn import Array, Rng, freezing, leaves, unflatten
 from fusedattn.optim import SCHEDULES, AdamW, clip_scale, global_norm
 from fusedattn.text import IGNORE, Batch, Dataset
 from fusedattn.train.config import TrainingConfig
@@ -149,8 +149,10 @@ class Trainer:
         self._write_history(run)
         bar = self._progress_bar(config.epochs * len(train), run.state.seen)
         interrupted = False
+        frozen = {name for name, rate in self._rates.items() if not rate}
         try:
-            self._train(run, train, validation, bar)
+            with freezing(self.model.params, frozen):
+                self._train(run, train, validation, bar)
         except KeyboardInterrupt:
             interrupted = True
             run.save()
