@@ -137,11 +137,9 @@ FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd
   const LogitFactor factor = logit_factor<E>(*rows[0].head);
   few_scores_on_tiles<E>(k, n, x.d / DEPTH, x.q_cut, tiles.columns, x.s, x.pieces, fetch);
   bool finite = false;
-  if (tiles.columns == 1) finite = few_columns<1>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 2) finite = few_columns<2>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 4) finite = few_columns<4>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 8) finite = few_columns<8>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 16) finite = few_columns<16>(n, x.s, x.p, x.p_row, factor.after);
+  with_count<TILED_FEW>(tiles.columns, [&]<int C>() FA_LAMBDA {
+    if constexpr ((C & (C - 1)) == 0) finite = few_columns<C>(n, x.s, x.p, x.p_row, factor.after);
+  });
   if (finite && !odd_q) return;
   few_careful_scores<E>(rows, count, k, n, factor, x);
   for (int r = 0; r < count; r++)

@@ -176,16 +176,10 @@ FA_NOINLINE void rule_scores(const ForwardHead& h, Scored& b, index_t from, inde
     const index_t low = max_index(b.cut[r], b.block + from),
                   high = min_index(b.cut[r + 1], b.block + to);
     if (low >= high) continue;
-    const auto apply = [&](auto f) FA_LAMBDA {
-      f(h.rules, b, r, low, high, b.keys->odd_v, b.plan.factor.after,
-        s + (low - b.block - from) * lanes);
-    };
-    if (x.vectors == 1) apply(rule_range<E, 1>);
-    if (x.vectors == 2) apply(rule_range<E, 2>);
-    if constexpr (WIDEST<E> > 2) {
-      if (x.vectors == 3) apply(rule_range<E, 3>);
-      if (x.vectors == 4) apply(rule_range<E, 4>);
-    }
+    with_count<WIDEST<E>>(x.vectors, [&]<int NQ>() FA_LAMBDA {
+      rule_range<E, NQ>(h.rules, b, r, low, high, b.keys->odd_v, b.plan.factor.after,
+                        s + (low - b.block - from) * lanes);
+    });
   }
 }
 

@@ -234,7 +234,6 @@ FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char*
                               index_t i0, index_t rows, const TiledScratch& own, NextBlocks& next,
                               BandSums& last) {
   const index_t steps = up_to(at.depth, DEPTH) / DEPTH;
-  const bool wide = at.columns > TILE;
   const auto between = [&]() FA_LAMBDA {
     if (last.row < last.rows) finish_next(p, last);
     for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
@@ -242,11 +241,9 @@ FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char*
   };
   for (index_t i = 0; i < rows; i += BAND, a += a_band) {
     float* sums = last.sums == own.sums[0] ? own.sums[1] : own.sums[0];
-    const bool two = rows - i > TILE;
-    if (two && wide) multiply_bands<2, 2>(a, own.b, steps, sums, between);
-    if (two && !wide) multiply_bands<2, 1>(a, own.b, steps, sums, between);
-    if (!two && wide) multiply_bands<1, 2>(a, own.b, steps, sums, between);
-    if (!two && !wide) multiply_bands<1, 1>(a, own.b, steps, sums, between);
+    with_tiles(rows - i, at.columns, [&]<int MI, int NJ>() FA_LAMBDA {
+      multiply_bands<MI, NJ>(a, own.b, steps, sums, between);
+    });
     while (last.row < last.rows) finish_next(p, last);
     last = {at, i0 + i, min_index(BAND, rows - i), 0, sums, own.copy, false};
   }

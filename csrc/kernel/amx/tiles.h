@@ -187,16 +187,19 @@ FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, f
   store_tiles<MI, NJ>(c, c_row);
 }
 
+// f<MI, NJ>() for as many tiles, one or two in each direction, as hold rows x columns.
+template <class F> FA_INLINE void with_tiles(index_t rows, index_t columns, F&& f) {
+  with_count<2>(rows > TILE ? 2 : 1, [&]<int MI>() FA_LAMBDA {
+    with_count<2>(columns > TILE ? 2 : 1,
+                  [&]<int NJ>() FA_LAMBDA { f.template operator()<MI, NJ>(); });
+  });
+}
 // f<MI, NJ>(i, j) for each 2 x 2 tiles of an m x n matrix, or fewer at its ends.
 template <class F> FA_INLINE void in_tile_pairs(index_t m, index_t n, F&& f) {
   for (index_t i = 0; i < m; i += 2 * TILE)
-    for (index_t j = 0; j < n; j += 2 * TILE) {
-      const bool two = m - i > TILE, wide = n - j > TILE;
-      if (two && wide) f.template operator()<2, 2>(i, j);
-      if (two && !wide) f.template operator()<2, 1>(i, j);
-      if (!two && wide) f.template operator()<1, 2>(i, j);
-      if (!two && !wide) f.template operator()<1, 1>(i, j);
-    }
+    for (index_t j = 0; j < n; j += 2 * TILE)
+      with_tiles(m - i, n - j,
+                 [&]<int MI, int NJ>() FA_LAMBDA { f.template operator()<MI, NJ>(i, j); });
 }
 // c (m x n, rounded up to whole tiles) = a b, or where ADD c += a b.
 template <int PA, int PB, bool SWAP = false, bool ADD = false, class Work = Nothing>

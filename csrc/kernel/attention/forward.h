@@ -237,16 +237,9 @@ FA_ENTRY void forward(const ForwardHead& h, index_t q_begin, index_t q_end, cons
       if (k0 >= k1) continue;
       if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
       const bool cold = s == 0 && block > 0;  // the task before has fetched the first block
-      if (x.vectors == 1)
-        forward_block<E, 1>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
-      if (x.vectors == 2)
-        forward_block<E, 2>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
-      if constexpr (MAX_NJ >= 4) {
-        if (x.vectors == 3)
-          forward_block<E, 3>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
-        if (x.vectors == 4)
-          forward_block<E, 4>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
-      }
+      with_count<MAX_NJ>(x.vectors, [&]<int NQ>() FA_LAMBDA {
+        forward_block<E, NQ>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
+      });
     }
   }
   for (int s = 0; s < n; s++) finish<E>(h, subs[s]);

@@ -254,15 +254,9 @@ FA_INLINE void product_block(const Product& p, index_t i0, index_t rows, index_t
         const Matrix from{p.b.data + k0 * p.b.row, p.b.col, p.b.row};
         pack_transposed<T>(from, j, columns, n, T(1), b, nj * W<T>);
       }
-      const auto panel = [&](auto panel_of) FA_LAMBDA {
-        panel_of(p, a, a_ld, b, n, i0, rows, j, last, first, done, next);
-      };
-      if (nj == 1) panel(product_panel<T, 1, A_ROW1>);
-      if (nj == 2) panel(product_panel<T, 2, A_ROW1>);
-      if constexpr (MAX_NJ >= 4) {
-        if (nj == 3) panel(product_panel<T, 3, A_ROW1>);
-        if (nj == 4) panel(product_panel<T, 4, A_ROW1>);
-      }
+      with_count<MAX_NJ>(nj, [&]<int NJ>() FA_LAMBDA {
+        product_panel<T, NJ, A_ROW1>(p, a, a_ld, b, n, i0, rows, j, last, first, done, next);
+      });
     }
   }
 }
