@@ -26,35 +26,35 @@ namespace {
 template <class E>
 FA_INLINE void cut_queries(TiledBackward& b, const BackwardHead& h, const Matrix& q,
                            const Matrix& dout) {
-  const bool odd_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
-  if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, odd_q);
-  bool odd_dout = false;
-  if (b.need_ds) odd_dout = cut_matrix<E, false, true>(dout, b.q0, b.nq, b.d_v, b.dout);
+  const bool uncut_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
+  if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, uncut_q);
+  bool uncut_dout = false;
+  if (b.need_ds) uncut_dout = cut_matrix<E, false, true>(dout, b.q0, b.nq, b.d_v, b.dout);
   if (h.dv.data && b.need_ds)
-    cut_again<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t, odd_dout);
+    cut_again<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t, uncut_dout);
   else if (h.dv.data)
-    odd_dout = cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
-  __builtin_memset(b.odd_q, 0, sizeof(b.odd_q));
-  __builtin_memset(b.odd_dout, 0, sizeof(b.odd_dout));
-  if (odd_q) find_odd_rows<E>(q, b.q0, b.nq, b.d, b.odd_q);
-  if (odd_dout) find_odd_rows<E>(dout, b.q0, b.nq, b.d_v, b.odd_dout);
+    uncut_dout = cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
+  __builtin_memset(b.uncut_q, 0, sizeof(b.uncut_q));
+  __builtin_memset(b.uncut_dout, 0, sizeof(b.uncut_dout));
+  if (uncut_q) find_uncut_rows<E>(q, b.q0, b.nq, b.d, b.uncut_q);
+  if (uncut_dout) find_uncut_rows<E>(dout, b.q0, b.nq, b.d_v, b.uncut_dout);
 }
 
 template <class E> FA_INLINE void cut_keys(TiledBackward& b, const BackwardHead& h) {
-  bool odd_k = false, odd_v = false;
+  bool uncut_k = false, uncut_v = false;
   for (index_t c = 0; c * CELL < b.nk; c++) {
     const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
     const index_t then = first + n, end = min_index(then + CELL, b.k0 + b.nk);
     fetch_crowded_rows(h.k, then, end, b.d * index_t(sizeof(E)));
     fetch_crowded_rows(h.v, then, end, b.d_v * index_t(sizeof(E)));
-    odd_k |= cut_matrix<E, true, false>(h.k, first, n, b.d, b.k[c]);
-    if (b.need_ds) odd_v |= cut_matrix<E, true, false>(h.v, first, n, b.d_v, b.v[c]);
+    uncut_k |= cut_matrix<E, true, false>(h.k, first, n, b.d, b.k[c]);
+    if (b.need_ds) uncut_v |= cut_matrix<E, true, false>(h.v, first, n, b.d_v, b.v[c]);
   }
-  if (h.dq.data) cut_again<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs, odd_k);
-  __builtin_memset(b.odd_k, 0, sizeof(b.odd_k));
-  __builtin_memset(b.odd_v, 0, sizeof(b.odd_v));
-  if (odd_k) find_odd_rows<E>(h.k, b.k0, b.nk, b.d, b.odd_k);
-  if (odd_v) find_odd_rows<E>(h.v, b.k0, b.nk, b.d_v, b.odd_v);
+  if (h.dq.data) cut_again<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs, uncut_k);
+  __builtin_memset(b.uncut_k, 0, sizeof(b.uncut_k));
+  __builtin_memset(b.uncut_v, 0, sizeof(b.uncut_v));
+  if (uncut_k) find_uncut_rows<E>(h.k, b.k0, b.nk, b.d, b.uncut_k);
+  if (uncut_v) find_uncut_rows<E>(h.v, b.k0, b.nk, b.d_v, b.uncut_v);
 }
 
 // dbias += dS, at `to`.
@@ -141,14 +141,14 @@ FA_NOINLINE void backward_queries(const BackwardHead& h, TiledBackward& b, index
     b.delta = static_cast<const float*>(h.delta) + g * h.stat_head + b.q0;
     cut_queries<E>(b, h, q, dout);
     if (look(b, rules)) {
-      bool odd = false;
-      for (const uint32_t bits : b.odd_k) odd |= bits != 0;
-      if (odd) __builtin_memset(b.odd_dq, 0, size_t(TILED_BACK_QUERIES * b.d) * sizeof(float));
+      bool uncut = false;
+      for (const uint32_t bits : b.uncut_k) uncut |= bits != 0;
+      if (uncut) __builtin_memset(b.uncut_dq, 0, size_t(TILED_BACK_QUERIES * b.d) * sizeof(float));
       fetch_next<E>(h, b, g);
       start_fetching(b.fetcher, products_in_block<E>(b));
       backward_columns<E>(b, h, rules, q, dout);
       wait(h, dq_turn);
-      if (h.dq.data) add_queries<E>(b, h, g, odd);
+      if (h.dq.data) add_queries<E>(b, h, g, uncut);
       if (h.dbias.data && bias_per_key) {
         add_to_dbias(b, {reinterpret_cast<char*>(b.dbias), 0, index_t(sizeof(float))});
       } else if (h.dbias.data) {
@@ -209,7 +209,7 @@ template <class E> FA_INLINE char* lay_out(const BackwardHead& h, char* scratch,
   b.dv = carve<float>(scratch, keys * up_to(b.d_v, TILE));
   b.ds_all = h.dbias.data ? carve<float>(scratch, queries * keys) : nullptr;
   b.dbias = carve<float>(scratch, keys);
-  b.odd_dq = carve<float>(scratch, queries * b.d);
+  b.uncut_dq = carve<float>(scratch, queries * b.d);
   return scratch;
 }
 template <class E> FA_ENTRY size_t backward_scratch_on_tiles(const BackwardHead& h) {

@@ -16,14 +16,14 @@ namespace {
 
 // Logits of rows or keys that could not be cut, by hand; s[key][row].
 template <class E>
-FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, index_t n, index_t d,
-                          float factor, float* s) {
+FA_NOINLINE void score_uncut_few(const Row<float>* rows, int count, const FewRows& k, index_t n,
+                                 index_t d, float factor, float* s) {
   for (index_t i = 0; i < n; i++) {
     const Matrix key = k.at(i);
-    const bool odd_key = is_odd_row<E>(key, 0, d);
+    const bool uncut_key = has_uncut<E>(key, 0, d);
     for (int r = 0; r < count; r++) {
       const Matrix& q = rows[r].head->q;
-      if (odd_key || is_odd_row<E>(q, rows[r].query, d))
+      if (uncut_key || has_uncut<E>(q, rows[r].query, d))
         s[i * TILE + r] = dot_rows<E>(key, 0, q, rows[r].query, d) * factor;
     }
   }
@@ -31,13 +31,13 @@ FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, i
 
 // What could not be cut of V, for the rows that may see it; p[key] from key k0.
 template <class E>
-FA_NOINLINE void mend_few_values(const Row<float>& x, const FewRows& v, index_t first, index_t n,
-                                 index_t dv, float* sums) {
+FA_NOINLINE void add_uncut_few_values(const Row<float>& x, const FewRows& v, index_t first,
+                                      index_t n, index_t dv, float* sums) {
   for (index_t key = 0; key < n; key++) {
     if (x.has_dense && x.dense[key] == -Bits<float>::infinity) continue;
     for (index_t c = 0; c < dv; c++) {
       const float value = number_at<E>(v.at(first + key), 0, c);
-      if (is_odd(value)) sums[c] += x.p[key] * value;
+      if (cannot_be_cut(value)) sums[c] += x.p[key] * value;
     }
   }
 }
@@ -112,7 +112,7 @@ FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const Few
     multiply_operands<PIECES<E>, PIECES<E>>(DEPTH, TILE, x.d, x.k_cut, x.q_cut, x.s + i * TILE,
                                             4 * TILE);
   }
-  mend_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
+  score_uncut_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
 }
 template <class E>
 FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScratch<E>& x,
@@ -131,7 +131,7 @@ FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const FewScra
 
 // 1. scores of keys [0, n) of a block (a multiple of 32): p[row][key]
 template <class E>
-FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q,
+FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool uncut_q,
                                      const FewRows& k, index_t n, const FewTiles& tiles,
                                      FewFetch& fetch, const FewScratch<E>& x) {
   const LogitFactor factor = logit_factor<E>(*rows[0].head);
@@ -140,7 +140,7 @@ FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd
   with_count<TILED_FEW>(tiles.columns, [&]<int C>() FA_LAMBDA {
     if constexpr ((C & (C - 1)) == 0) finite = few_columns<C>(n, x.s, x.p, x.p_row, factor.after);
   });
-  if (finite && !odd_q) return;
+  if (finite && !uncut_q) return;
   few_careful_scores<E>(rows, count, k, n, factor, x);
   for (int r = 0; r < count; r++)
     for (index_t i = 0; i < n; i++) x.p[r * x.p_row + i] = x.s[i * TILE + r] * factor.after;
@@ -213,8 +213,8 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
                                  });
   AllFinite finite;
   for (index_t i = 0; i < count * x.dv; i += W<float>) finite.add(load(sums + i));
-  const bool odd = !finite.all();
-  if (odd) {
+  const bool uncut = !finite.all();
+  if (uncut) {
     if (!apart) __builtin_memcpy(x.o, x.sums, bytes);
     few_careful_products<E>(v, all, x, sums);
     tiles.configure();
@@ -225,7 +225,7 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
     row.total = row.sum = fma<float>(splat(row.sum), rescale, splat(total[r]))[0];
     for (index_t c = 0; apart && c < x.dv; c += W<float>)
       store(row.o + c, fma<float>(load(row.o + c), rescale, load(x.sums + r * x.dv + c)));
-    if (odd) mend_few_values<E>(row, v, before, n, dv, row.o);
+    if (uncut) add_uncut_few_values<E>(row, v, before, n, dv, row.o);
   }
 }
 
@@ -261,7 +261,7 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
       any = {min_index(any.low, keys.low), max_index(any.high, keys.high)};
     }
   __builtin_memset(x.o, 0, size_t(count * x.dv) * sizeof(T));
-  const bool odd_q = cut_matrix<E, true, false>(
+  const bool uncut_q = cut_matrix<E, true, false>(
       {reinterpret_cast<char*>(x.q), h.d * index_t(sizeof(E)), index_t(sizeof(E))}, 0, count, h.d,
       x.q_cut, logit_factor<E>(h).in_q);
 
@@ -275,7 +275,7 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
     const index_t base = k0 / DEPTH * DEPTH, n = k1 - k0, before = k0 - base, all = k1 - base;
     const FewRows k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
     const FewRows v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.dv, x.dv, x.v_rows);
-    few_scores_of_block<E>(rows, count, odd_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
+    few_scores_of_block<E>(rows, count, uncut_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
     for (int r = 0; r < count; r++) {
       rows[r].p = x.p + r * x.p_row + before;
       few_exponentials<E>(rows[r], r, k0, n, before, x.p_cut);

@@ -100,18 +100,20 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
   b.cut[2] = max_index(b.cut[1], min_index(k1, keys.all.high));
   b.cut[3] = k1;
   for (Dense<float>& dense : b.dense) dense = {};
-  const bool ragged = b.cut[1] > k0 || b.cut[2] < k1, odd_v = b.keys->odd_v;
+  const bool ragged = b.cut[1] > k0 || b.cut[2] < k1, uncut_v = b.keys->uncut_v;
   b.has_dense = has_dense(h.rules, use_mask) || ragged;
-  b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !odd_v;
+  b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !uncut_v;
   // Keys left out are -inf, which a factor could turn into NaN.
-  const bool whole = k0 - block == b.low && k1 - block == b.high, odd = b.keys->odd_k || b.x->uncut;
+  const bool whole = k0 - block == b.low && k1 - block == b.high,
+             uncut = b.keys->uncut_k || b.x->uncut;
   const bool bends = h.rules.softcap > 0;
-  b.plan = {factor, 0, !bends && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>),
+  b.plan = {factor, 0,
+            !bends && (!b.has_dense || b.masked) && !uncut && (whole || SCALED_QUERIES<E>),
             bends && !b.has_dense};
   // Masks are read 64 keys at a time, rows of a bias are best read in one go, and a softcap of more
   // than 8 keys does not fit beside products; where V holds what cannot be cut, masks and biases of
   // the whole block are wanted.
-  if (odd_v)
+  if (uncut_v)
     b.plan.chunk = KEY_BLOCK;
   else if constexpr (!PIPELINED<E>)
     b.plan.chunk = b.has_dense ? 2 * DEPTH : DEPTH;
@@ -175,8 +177,8 @@ FA_ENTRY void forward_on_tiles(const ForwardHead& h, index_t q_begin, index_t q_
       keys = own.keys + block / KEY_BLOCK % 2;
       finish_units<E>(pipeline, keys);
     }
-    keys->odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys->k);
-    keys->odd_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys->v);
+    keys->uncut_k = cut_matrix<E, false, true>(k, 0, rows, h.d, keys->k);
+    keys->uncut_v = cut_matrix<E, true, true>(v, 0, rows, h.dv, keys->v);
     for (int i = 0; i < n; i++) {
       TiledQueries& x = subs[i];
       index_t k0 = max_index(block, x.keys.any.low), k1 = min_index(block + rows, x.keys.any.high);
@@ -200,7 +202,7 @@ FA_ENTRY void forward_on_tiles(const ForwardHead& h, index_t q_begin, index_t q_
       plan_unit<E>(h, factor, block, k0, k1, use_mask, b);
       if constexpr (PIPELINED<E>) {
         advance<E>(pipeline, &b);
-        if (keys->odd_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
+        if (keys->uncut_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
       } else {
         block_probabilities<E>(h, b, pipeline.fetcher);
         add_values<E>(h, b, Fetch{pipeline.fetcher});

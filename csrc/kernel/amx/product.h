@@ -124,11 +124,11 @@ struct BandSums {
   index_t i, rows, row;
   float* sums;  // 32 x 32
   float* copy;  // scratch for a band of B
-  bool mended;
+  bool summed_again;
 };
 
 // Sums that are not finite again, by multiply-adds.
-FA_NOINLINE void mend(const Product& p, BandSums& s) {
+FA_NOINLINE void sum_again(const Product& p, BandSums& s) {
   const BandPlace& at = s.at;
   for (index_t k = 0; k < at.depth; k += DEPTH)
     for (index_t t = 0; t < BAND; t += TILE) {
@@ -151,7 +151,7 @@ FA_NOINLINE void mend(const Product& p, BandSums& s) {
       store(tiled, x - x == Vec<float>{} ? x : sum[v]);
     }
   }
-  s.mended = true;
+  s.summed_again = true;
 }
 
 // A row of sums becomes one of C. write_tile and finish_tile in one go: what activations compute
@@ -164,8 +164,8 @@ template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
     x[v] = load(sums + v * TILE);
     check = fma<float>(x[v], Vec<float>{}, check);
   }
-  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.mended) {
-    mend(p, s);
+  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.summed_again) {
+    sum_again(p, s);
     for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
   }
   const index_t i = s.i + s.row, j = s.at.j;

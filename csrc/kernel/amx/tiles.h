@@ -12,9 +12,10 @@
 //   rows   A of A B: 16-bit elements, 16 rows by 32 elements (64 bytes) to a tile
 //   words  B of A B: words of two elements that are neighbours along the sum, 16 rows of words (32
 //          elements of the sum) by 16 columns to a tile
-// Numbers that are not finite (and those that round to infinity) cannot be cut: they are replaced
-// by 0, and whoever cuts is told, to put things right by hand. Numbers below 2^-100 lose their last
-// pieces, as the instruction takes subnormal numbers for 0.
+// Numbers that are not finite (and those that round to infinity) cannot be cut. The code calls them
+// uncut: 0 stands in an operand in their place, and whoever cuts is told, to put things right by
+// hand. Numbers below 2^-100 lose their last pieces, as the instruction takes subnormal numbers for
+// 0.
 //
 // An element of a product is the same sum in the same order wherever it lies in a tile: its bits
 // depend on where its terms lie along the sum, modulo 32, and on nothing else.
