@@ -145,7 +145,7 @@ FA_NOINLINE void backward_queries(const BackwardHead& h, TiledBackward& b, index
       for (const uint32_t bits : b.uncut_k) uncut |= bits != 0;
       if (uncut) __builtin_memset(b.uncut_dq, 0, size_t(TILED_BACK_QUERIES * b.d) * sizeof(float));
       fetch_next<E>(h, b, g);
-      start_fetching(b.fetcher, products_in_block<E>(b));
+      start_fetching(b.fetcher, products_in_block<E>(b), LINES_AT_ONCE);
       backward_columns<E>(b, h, rules, q, dout);
       wait(h, dq_turn);
       if (h.dq.data) add_queries<E>(b, h, g, uncut);
@@ -228,7 +228,6 @@ FA_ENTRY void backward_on_tiles(const BackwardHead& h, index_t key_block, void* 
   b.need_ds = h.dq.data || h.dk.data || h.dbias.data;
   for (bool& begun : b.begun) begun = false;
   __builtin_memset(b.dbias, 0, TILED_BACK_KEYS * sizeof(float));
-  clear_fetcher(b.fetcher);
   cut_keys<E>(b, h);
   const Tiles tiles;
   for (index_t g = 0; g < h.group; g++) {

@@ -175,7 +175,7 @@ template <class E> FA_NOINLINE void advance_cells(Cells& x, int r, int c, index_
   start_steps(x.steps, products);
   const auto beside = [&] {
     if constexpr (PIPELINED<E>)
-      return Beside{b.fetcher, x.steps};
+      return FetchAndStep{b.fetcher, x.steps};
     else
       return Fetch{b.fetcher};
   }();

@@ -70,21 +70,16 @@ template <class E> FA_ENTRY size_t forward_scratch_on_tiles(const ForwardHead& h
                 16 * 64);
 }
 
-// Has the fetcher fetch what the next task reads first, beside the products of so many tiles of
+// Has the fetcher fetch what the next task needs first, beside the products of so many tiles of
 // scores.
 template <class E>
 FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQueries& next,
                                   index_t tiles) {
-  constexpr index_t size = sizeof(E), P = PIECES<E>;
-  const index_t keys = next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0;
-  clear_fetcher(f);
-  fetch_rows(f, next.out, next.begin, next.end, h.dv * size);
-  fetch_rows(f, next.v, 0, keys, h.dv * size);
-  fetch_rows(f, next.k, 0, keys, h.d * size);
-  fetch_rows(f, next.q, next.begin, next.end, h.d * size);
+  constexpr index_t P = PIECES<E>;
+  queue_next_queries<E>(f, h, next);
   const index_t products = up_to(h.d, DEPTH) / DEPTH * piece_order<P, P>().n +
                            up_to(h.dv, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
-  start_fetching(f, tiles * products);
+  start_fetching(f, tiles * products, LINES_AT_ONCE);
 }
 
 // Keys [k0, k1) for b, and how they are computed.

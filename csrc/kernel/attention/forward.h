@@ -71,8 +71,8 @@ FA_INLINE bool is_finite(Finite& f, Rows<T> v, index_t dv) {
 // One block of keys [k0, k1) (at most KEY_BLOCK) for one sub-block of queries.
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v, bool cold,
-                               index_t block, index_t k0, index_t k1, T* p, T* tile, Ahead& ahead,
-                               Finite& v_finite) {
+                               index_t block, index_t k0, index_t k1, T* p, T* tile,
+                               Fetcher& fetcher, Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
   const Factors factors = logit_factors<T>(h.scale, h.rules);
   const Cover cover = cover_of<T>(h.rules, x, block);
@@ -124,9 +124,9 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
 
   // 2. P = exp2(S - max), running maximum and sums
   if constexpr (PAIRS<E>)
-    exponentials_in_pairs<NQ>(k1 - k0, p, block_max, x.max, x.sum, x.total, rescale, ahead);
+    exponentials_in_pairs<NQ>(k1 - k0, p, block_max, x.max, x.sum, x.total, rescale, fetcher);
   else
-    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
+    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, fetcher);
   if (h.rules.dropout.threshold) drop_tile<E, NQ>(h.rules.dropout, x.first, k0, k1 - k0, p);
 
   // 3. O = O * rescale + P V
@@ -158,21 +158,6 @@ template <class E> FA_ENTRY size_t forward_scratch(const ForwardHead& h, index_t
                            KEY_BLOCK * (h.d + round_up<T>(h.dv));
   return size_t(elements) * sizeof(T) + size_t(subs) * sizeof(Queries<T>) + size_t(subs) * 7 * 64 +
          8 * 64;
-}
-
-// Lines to fetch for the next task, spread over this one's `steps` keys.
-template <class E>
-FA_INLINE Ahead ahead_of(const ForwardHead& h, const NextQueries& next, index_t steps) {
-  const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.dv * index_t(sizeof(E));
-  Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes),
-               stream_of(next.out, next.begin, next.end, v_bytes),
-               stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
-               stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
-              0};
-  index_t lines = 0;
-  for (const Stream& s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
-  ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
-  return ahead;
 }
 
 template <class E>
@@ -215,7 +200,9 @@ FA_ENTRY void forward(const ForwardHead& h, index_t q_begin, index_t q_end, cons
     q += x.count;
   }
 
-  Ahead ahead = ahead_of<E>(h, next, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
+  Fetcher fetcher;  // a step is a key's exponentials
+  queue_next_queries<E>(fetcher, h, next);
+  start_fetching(fetcher, n * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
 
   // Blocks start at multiples of KEY_BLOCK whatever the interval, so that a row's bits do not
   // depend on its neighbours.
@@ -238,7 +225,7 @@ FA_ENTRY void forward(const ForwardHead& h, index_t q_begin, index_t q_end, cons
       if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = whole_words<E>(k1, end);
       const bool cold = s == 0 && block > 0;  // the task before has fetched the first block
       with_count<MAX_NJ>(x.vectors, [&]<int NQ>() FA_LAMBDA {
-        forward_block<E, NQ>(h, x, k, v, cold, block, k0, k1, p, tile, ahead, v_finite);
+        forward_block<E, NQ>(h, x, k, v, cold, block, k0, k1, p, tile, fetcher, v_finite);
       });
     }
   }
