@@ -136,8 +136,7 @@ FA_NOINLINE void sum_again(BandSums& s) {
   s.summed_again = true;
 }
 
-// A row of sums becomes one of C. write_tile and finish_tile in one go: what activations compute
-// must not wait for memory, and their latencies overlap.
+// A row of sums becomes one of C, activations and all: they must not wait for memory.
 template <int NJ> FA_INLINE void finish_row(BandSums& s) {
   const Product& p = *s.p;
   const float* sums = s.sums + s.row * BAND;
@@ -152,32 +151,22 @@ template <int NJ> FA_INLINE void finish_row(BandSums& s) {
     for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
   }
   const index_t i = s.i + s.row, j = s.at.j;
+  const Joining<float> with = joining<float>(p, i, j, s.at.first);
   float* c = row_of<float>(p.c, i) + j;
-  const float* before = !s.at.first ? c : p.added.data ? row_of<float>(p.added, i) + j : nullptr;
-  const float* bias = s.at.first && p.bias ? static_cast<const float*>(p.bias) + j : nullptr;
-  const auto lanes = [&](int v)
-                         FA_LAMBDA { return v == NJ - 1 ? int(s.at.columns - v * TILE) : TILE; };
+  const int last = int(s.at.columns - (NJ - 1) * TILE);
   const auto each = [&](auto&& f) FA_LAMBDA {
     FA_UNROLL
-    for (int v = 0; v < NJ; v++) f(v, v * TILE);
+    for (int v = 0; v < NJ; v++) f(x[v], v * TILE, v == NJ - 1 ? last : TILE);
   };
-  if (bias) each([&](int v, index_t at) { x[v] += load_lanes(bias + at, lanes(v)); });
-  if (before) each([&](int v, index_t at) { x[v] += load_lanes(before + at, lanes(v)); });
-  if (s.at.done && p.then != Then::nothing) {
-    float* slope = p.slope.data ? row_of<float>(p.slope, i) + j : nullptr;
-    const auto activate_with = [&](auto&& f) FA_LAMBDA {
-      Activated<float> y[NJ];
-      each([&](int v, index_t) { y[v] = f(x[v]); });
-      each([&](int v, index_t) { x[v] = y[v].y; });
-      if (slope) each([&](int v, index_t at) { store_lanes(slope + at, y[v].slope, lanes(v)); });
-    };
-    if (p.then == Then::times)
-      each([&](int v, index_t at) { x[v] = x[v] * load_lanes(slope + at, lanes(v)); });
-    if (p.then == Then::relu) activate_with([](Vec<float> v) { return relu<float>(v); });
-    if (p.then == Then::gelu) activate_with([](Vec<float> v) { return gelu<float>(v); });
-    if (p.then == Then::gelu_tanh) activate_with([](Vec<float> v) { return gelu_tanh<float>(v); });
-  }
-  each([&](int v, index_t at) { store_lanes(c + at, x[v], lanes(v)); });
+  if (with.bias)
+    each([&](Vec<float>& sum, index_t at, int lanes)
+             FA_LAMBDA { sum += load_lanes(with.bias + at, lanes); });
+  if (with.before)
+    each([&](Vec<float>& sum, index_t at, int lanes)
+             FA_LAMBDA { sum += load_lanes(with.before + at, lanes); });
+  if (s.at.done)
+    activate<float>(p.then, x, p.slope.data ? row_of<float>(p.slope, i) + j : nullptr, last);
+  each([&](Vec<float> sum, index_t at, int lanes) FA_LAMBDA { store_lanes(c + at, sum, lanes); });
 }
 // For the line of C to be there in time. Rows are often a multiple of 4096 bytes apart and share a
 // few cache lines.

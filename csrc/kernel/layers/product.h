@@ -131,43 +131,43 @@ FA_NOINLINE void sum_rows(const Matrix& a, index_t i0, index_t rows, index_t k0,
   }
 }
 
-// What becomes of the sums of one tile, n columns wide, in columns from j.
+// What joins the sums in row i of C from column j on: the bias first, then what was there `before`.
+// That is the sum of the earlier pieces of k, or with the first piece what the product is added to.
+// null: nothing.
+template <class T> struct Joining {
+  const T *bias, *before;
+  index_t before_row;  // elements from row to row
+};
+template <class T>
+FA_INLINE Joining<T> joining(const Product& p, index_t i, index_t j, bool first) {
+  const T* bias = first && p.bias ? static_cast<const T*>(p.bias) + j : nullptr;
+  const Matrix& from = first ? p.added : p.c;
+  return {bias, from.data ? row_of<const T>(from, i) + j : nullptr, from.row / index_t(sizeof(T))};
+}
+
+// What becomes of the sums of one tile, in columns from j, the last vector `last` wide.
 template <class T, int NI, int NJ>
 FA_INLINE void write_tile(const Product& p, Vec<T> (&acc)[NI][NJ], index_t i, index_t rows,
                           index_t j, int last, bool first, bool done) {
-  const T* bias = first ? reinterpret_cast<const T*>(p.bias) : nullptr;
-  T* c = reinterpret_cast<T*>(p.c.data + i * p.c.row) + j;
+  const Joining<T> with = joining<T>(p, i, j, first);
+  T* c = row_of<T>(p.c, i) + j;
   const index_t c_row = p.c.row / index_t(sizeof(T));
-  const T* before = nullptr;
-  index_t before_row = c_row;
-  if (!first) {
-    before = c;
-  } else if (p.added.data) {
-    before = reinterpret_cast<const T*>(p.added.data + i * p.added.row) + j;
-    before_row = p.added.row / index_t(sizeof(T));
-  }
   FA_UNROLL
   for (int v = 0; v < NJ; v++) {
     const int lanes = v == NJ - 1 ? last : W<T>;
     Vec<T> b{};
-    if (bias) b = lanes == W<T> ? load(bias + j + v * W<T>) : load_n(bias + j + v * W<T>, lanes);
+    if (with.bias) b = load_lanes(with.bias + v * W<T>, lanes);
     FA_UNROLL
     for (int r = 0; r < NI; r++) {
       if (r >= rows) break;
       Vec<T> x = acc[r][v];
-      if (bias) x += b;
-      const T* y = before + r * before_row + v * W<T>;
-      if (lanes == W<T>) {
-        if (before) x += load(y);
-        store(c + r * c_row + v * W<T>, x);
-      } else {
-        if (before) x += load_n(y, lanes);
-        store_n(c + r * c_row + v * W<T>, x, lanes);
-      }
+      if (with.bias) x += b;
+      if (with.before) x += load_lanes(with.before + r * with.before_row + v * W<T>, lanes);
+      store_lanes(c + r * c_row + v * W<T>, x, lanes);
     }
   }
   if (done && p.then != Then::nothing)
-    finish_tile<T>(p, i, min_index(rows, NI), j, (NJ - 1) * W<T> + last);
+    activate_tile<T>(p, i, min_index(rows, NI), j, (NJ - 1) * W<T> + last);
 }
 
 // What a task computes: rows [i0, i0 + rows) and columns [j0, j1) of C. next_rows: where the rows
