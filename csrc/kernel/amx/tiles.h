@@ -17,6 +17,8 @@
 // hand. Numbers below 2^-100 lose their last pieces, as the instruction takes subnormal numbers for
 // 0.
 //
+// Speeds in the comments of this folder were measured on a Granite Rapids.
+//
 // An element of a product is the same sum in the same order wherever it lies in a tile: its bits
 // depend on where its terms lie along the sum, modulo 32, and on nothing else.
 #pragma once
