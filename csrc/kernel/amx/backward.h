@@ -26,35 +26,35 @@ namespace {
 template <class E>
 FA_INLINE void cut_queries(TiledBackwardBlock& b, const BackwardHead& h, const Matrix& q,
                            const Matrix& dout) {
-  const bool odd_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
-  if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, odd_q);
-  bool odd_dout = false;
-  if (b.need_ds) odd_dout = cut_matrix<E, false, true>(dout, b.q0, b.nq, b.d_v, b.dout);
+  const bool uncut_q = cut_matrix<E, false, true>(q, b.q0, b.nq, b.d, b.q);
+  if (h.dk.data) cut_again<E, true, true>(q, b.q0, b.nq, b.d, b.q_t, uncut_q);
+  bool uncut_dout = false;
+  if (b.need_ds) uncut_dout = cut_matrix<E, false, true>(dout, b.q0, b.nq, b.d_v, b.dout);
   if (h.dv.data && b.need_ds)
-    cut_again<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t, odd_dout);
+    cut_again<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t, uncut_dout);
   else if (h.dv.data)
-    odd_dout = cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
-  __builtin_memset(b.odd_q, 0, sizeof(b.odd_q));
-  __builtin_memset(b.odd_dout, 0, sizeof(b.odd_dout));
-  if (odd_q) find_odd_rows<E>(q, b.q0, b.nq, b.d, b.odd_q);
-  if (odd_dout) find_odd_rows<E>(dout, b.q0, b.nq, b.d_v, b.odd_dout);
+    uncut_dout = cut_matrix<E, true, true>(dout, b.q0, b.nq, b.d_v, b.dout_t);
+  __builtin_memset(b.uncut_q, 0, sizeof(b.uncut_q));
+  __builtin_memset(b.uncut_dout, 0, sizeof(b.uncut_dout));
+  if (uncut_q) find_uncut_rows<E>(q, b.q0, b.nq, b.d, b.uncut_q);
+  if (uncut_dout) find_uncut_rows<E>(dout, b.q0, b.nq, b.d_v, b.uncut_dout);
 }
 
 template <class E> FA_INLINE void cut_keys(TiledBackwardBlock& b, const BackwardHead& h) {
-  bool odd_k = false, odd_v = false;
+  bool uncut_k = false, uncut_v = false;
   for (index_t c = 0; c * CELL < b.nk; c++) {
     const index_t first = b.k0 + c * CELL, n = min_index(CELL, b.nk - c * CELL);
     const index_t then = first + n, end = min_index(then + CELL, b.k0 + b.nk);
     fetch_crowded_rows(h.k, then, end, b.d * index_t(sizeof(E)));
     fetch_crowded_rows(h.v, then, end, b.d_v * index_t(sizeof(E)));
-    odd_k |= cut_matrix<E, true, false>(h.k, first, n, b.d, b.k[c]);
-    if (b.need_ds) odd_v |= cut_matrix<E, true, false>(h.v, first, n, b.d_v, b.v[c]);
+    uncut_k |= cut_matrix<E, true, false>(h.k, first, n, b.d, b.k[c]);
+    if (b.need_ds) uncut_v |= cut_matrix<E, true, false>(h.v, first, n, b.d_v, b.v[c]);
   }
-  if (h.dq.data) cut_again<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs, odd_k);
-  __builtin_memset(b.odd_k, 0, sizeof(b.odd_k));
-  __builtin_memset(b.odd_v, 0, sizeof(b.odd_v));
-  if (odd_k) find_odd_rows<E>(h.k, b.k0, b.nk, b.d, b.odd_k);
-  if (odd_v) find_odd_rows<E>(h.v, b.k0, b.nk, b.d_v, b.odd_v);
+  if (h.dq.data) cut_again<E, false, false>(h.k, b.k0, b.nk, b.d, b.k_pairs, uncut_k);
+  __builtin_memset(b.uncut_k, 0, sizeof(b.uncut_k));
+  __builtin_memset(b.uncut_v, 0, sizeof(b.uncut_v));
+  if (uncut_k) find_uncut_rows<E>(h.k, b.k0, b.nk, b.d, b.uncut_k);
+  if (uncut_v) find_uncut_rows<E>(h.v, b.k0, b.nk, b.d_v, b.uncut_v);
 }
 
 // dbias += dS, at `to`.
@@ -170,14 +170,13 @@ template <class E> struct TiledBackward : TiledBackwardBlock {
     b.dv = scratch.take<float>(keys * up_to(b.d_v, TILE));
     b.ds_all = h.dbias.data ? scratch.take<float>(queries * keys) : nullptr;
     b.dbias = scratch.take<float>(keys);
-    b.odd_dq = scratch.take<float>(queries * b.d);
+    b.uncut_dq = scratch.take<float>(queries * b.d);
   }
 
   // The keys become operands, and nothing is summed up yet.
   FA_INLINE_MEMBER void take_keys() {
     for (bool& column : begun) column = false;
     __builtin_memset(dbias, 0, TILED_BACK_KEYS * sizeof(float));
-    clear_fetcher(fetcher);
     cut_keys<E>(*this, h);
   }
   FA_INLINE_MEMBER bool begin(const QueryBlock& block) {
@@ -186,14 +185,14 @@ template <class E> struct TiledBackward : TiledBackwardBlock {
     delta = reinterpret_cast<const float*>(block.delta);
     cut_queries<E>(*this, h, block.q, block.dout);
     if (!cover_cells(*this, block.rules)) return false;
-    if (has_odd_keys()) __builtin_memset(odd_dq, 0, size_t(QUERIES * d) * sizeof(float));
+    if (has_uncut_keys()) __builtin_memset(uncut_dq, 0, size_t(QUERIES * d) * sizeof(float));
     fetch_next<E>(h, *this, block.g);
-    start_fetching(fetcher, products_in_block<E>(*this));
+    start_fetching(fetcher, products_in_block<E>(*this), LINES_AT_ONCE);
     backward_columns<E>(*this, h, block.rules, block.q, block.dout);
     return true;
   }
   FA_INLINE_MEMBER void add_dq(const QueryBlock& block) {
-    add_queries<E>(*this, h, block.g, has_odd_keys());
+    add_queries<E>(*this, h, block.g, has_uncut_keys());
   }
   FA_INLINE_MEMBER void add_dbias(const Matrix& to, index_t) { add_to_dbias(*this, to); }
   FA_INLINE_MEMBER void end() {
@@ -211,9 +210,9 @@ template <class E> struct TiledBackward : TiledBackwardBlock {
     }
   }
 
-  FA_INLINE_MEMBER bool has_odd_keys() const {
+  FA_INLINE_MEMBER bool has_uncut_keys() const {
     uint32_t any = 0;
-    for (const uint32_t bits : odd_k) any |= bits;
+    for (const uint32_t bits : uncut_k) any |= bits;
     return any != 0;
   }
 };

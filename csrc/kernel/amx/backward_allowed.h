@@ -41,8 +41,8 @@ struct TiledBackwardBlock {
   bool begun[CELL_COLUMNS];  // is there something in them?
   float *ds_all, *dbias;     // (TILED_BACK_QUERIES, TILED_BACK_KEYS), (TILED_BACK_KEYS), for dbias
   // Rows with a number that cannot be cut, one bit each, and what these give to dq, (queries, d)
-  uint32_t odd_k[CELL_COLUMNS], odd_v[CELL_COLUMNS], odd_q[CELL_ROWS], odd_dout[CELL_ROWS];
-  float* odd_dq;
+  uint32_t uncut_k[CELL_COLUMNS], uncut_v[CELL_COLUMNS], uncut_q[CELL_ROWS], uncut_dout[CELL_ROWS];
+  float* uncut_dq;
   Fetcher fetcher;
   // Of the block of queries at hand
   index_t q0, nq;

@@ -19,7 +19,7 @@ FA_INLINE Vec<float> statistic(float x) {
 }
 
 // What has to be done for a cell: no pair is forbidden, no rule changes a logit; no rule does; a
-// softcap, or a bias or ALiBi, is the only one; any of them, dropout, or there is an odd number.
+// softcap, or a bias or ALiBi, is the only one; any of them, dropout, or there is an uncut number.
 enum class Kind { all, some, bent, added, ruled };
 FA_INLINE Kind kind_of(const Rules& rules) {
   const bool bent = rules.softcap > 0, added = rules.bias.data || rules.alibi_slope != 0;
@@ -74,7 +74,7 @@ struct CellSteps : Paced {
   const Rules* rules;
   int r, c;
   Kind kind;
-  bool odd;           // P and dS are wanted in s and bent as well
+  bool uncut;         // P and dS are wanted in s and bent as well
   index_t at, draws;  // the next step, and where those of dropout end
   float *s, *dp;
   Operand p, ds;
@@ -110,7 +110,7 @@ FA_INLINE void cut_pairs(const CellSteps& t, const CellRules<E>& x, index_t i) {
         g = cell_gradients<E, KIND>(x, load(t.s + at), bent[2 * h + y],
                                     NEED_DS ? load(t.dp + at) : Vec<T>{}, l, dl, own, b.q0 + q,
                                     b.k0 + key, b.nk - key, b.keep + at);
-      if (KIND == Kind::ruled && t.odd) store(t.s + at, g.p), store(b.bent + at, g.by_product);
+      if (KIND == Kind::ruled && t.uncut) store(t.s + at, g.p), store(b.bent + at, g.by_product);
       p[h][y] = cut_computed<P>(g.p);
       if (NEED_DS) ds[h][y] = cut_computed<P>(g.by_product);
       if (NEED_DS && b.ds_all) store(b.ds_all + q * TILED_BACK_KEYS + key, g.ds);

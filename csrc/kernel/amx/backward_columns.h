@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernel/amx/backward_cell.h"
-#include "kernel/amx/backward_repair.h"
+#include "kernel/amx/backward_uncut.h"
 
 namespace fusedattn {
 namespace {
@@ -96,22 +96,23 @@ template <class E> FA_INLINE void begin_cell(Cells& x, int r, int c) {
   t.r = r, t.c = c;
   t.s = b.s[x.turn], t.dp = b.dp[x.turn];
   t.p = b.p[x.columns], t.ds = b.ds[x.columns];
-  t.odd = b.odd_q[r] | b.odd_dout[r] | b.odd_k[c] | b.odd_v[c];
-  t.kind = t.odd ? Kind::ruled : kind_of(rules);
+  t.uncut = b.uncut_q[r] | b.uncut_dout[r] | b.uncut_k[c] | b.uncut_v[c];
+  t.kind = t.uncut ? Kind::ruled : kind_of(rules);
   if (t.kind == Kind::some && b.cover[r][c] == Cover::all) t.kind = Kind::all;
   t.at = 0;
   t.draws = rules.dropout.threshold ? CELL / 4 : 0;
   t.left = t.draws + CELL / 2 / STEP_PAIRS<E>;
   t.run = cell_step<E>(t.kind, b.need_ds);
   x.waiting = true;
-  if (!t.odd) return;
+  if (!t.uncut) return;
   const index_t first = b.q0 + r * CELL, key = b.k0 + c * CELL;
   if (rules.bias.data) forbid_by_bias<E>(b, rules.bias, r, c);
   const uint32_t* allowed = b.allowed[r][c];
-  if (b.odd_q[r] | b.odd_k[c])
-    repair_scores<E>(allowed, t.s, x.q, first, b.odd_q[r], x.h.k, key, b.odd_k[c], b.d);
-  if (b.need_ds && (b.odd_dout[r] | b.odd_v[c]))
-    repair_scores<E>(allowed, t.dp, x.dout, first, b.odd_dout[r], x.h.v, key, b.odd_v[c], b.d_v);
+  if (b.uncut_q[r] | b.uncut_k[c])
+    score_uncut_pairs<E>(allowed, t.s, x.q, first, b.uncut_q[r], x.h.k, key, b.uncut_k[c], b.d);
+  if (b.need_ds && (b.uncut_dout[r] | b.uncut_v[c]))
+    score_uncut_pairs<E>(allowed, t.dp, x.dout, first, b.uncut_dout[r], x.h.v, key, b.uncut_v[c],
+                         b.d_v);
 }
 // The next part of the column before.
 template <class E, class Work> FA_INLINE void add_part(Cells& x, Work work) {
@@ -126,23 +127,23 @@ template <class E, class Work> FA_INLINE void add_part(Cells& x, Work work) {
                 min_index(column.width, d - first), min_index(CELL, b.nk - c * CELL), column.begun,
                 (values ? dv_of(b, c) : dk_of(b, c)) + first * CELL, work);
 }
-// What odd numbers in it give to the gradients, and if it was the last of its column, that is next.
+// What uncut numbers in it give to the gradients; if it was the last of its column, that is next.
 template <class E> FA_NOINLINE void end_cell(Cells& x) {
   TiledBackwardBlock& b = x.b;
   const BackwardHead& h = x.h;
   const CellSteps& t = x.steps;
   const int r = t.r, c = t.c;
   x.waiting = false;
-  if (t.odd) {
+  if (t.uncut) {
     const uint32_t* allowed = b.allowed[r][c];
     const index_t first = b.q0 + r * CELL, key = b.k0 + c * CELL;
     begin_column(b, c);
-    if (h.dv.data && b.odd_dout[r])
-      repair_keys<E>(allowed, t.s, x.dout, first, b.odd_dout[r], b.d_v, dv_of(b, c));
-    if (h.dk.data && b.odd_q[r])
-      repair_keys<E>(allowed, b.bent, x.q, first, b.odd_q[r], b.d, dk_of(b, c));
-    if (h.dq.data && b.odd_k[c])
-      repair_queries<E>(allowed, b.bent, h.k, key, b.odd_k[c], b.d, b.odd_dq + r * CELL * b.d);
+    if (h.dv.data && b.uncut_dout[r])
+      add_uncut_queries<E>(allowed, t.s, x.dout, first, b.uncut_dout[r], b.d_v, dv_of(b, c));
+    if (h.dk.data && b.uncut_q[r])
+      add_uncut_queries<E>(allowed, b.bent, x.q, first, b.uncut_q[r], b.d, dk_of(b, c));
+    if (h.dq.data && b.uncut_k[c])
+      add_uncut_keys<E>(allowed, b.bent, h.k, key, b.uncut_k[c], b.d, b.uncut_dq + r * CELL * b.d);
   }
   const Runs& rows = b.rows[c];
   if (rows.run[rows.count - 1].last != r + 1) return;
@@ -174,7 +175,7 @@ template <class E> FA_NOINLINE void advance_cells(Cells& x, int r, int c, index_
   start_steps(x.steps, products);
   const auto beside = [&] {
     if constexpr (PIPELINED<E>)
-      return Beside{b.fetcher, x.steps};
+      return FetchAndStep{b.fetcher, x.steps};
     else
       return Fetch{b.fetcher};
   }();
@@ -220,7 +221,7 @@ FA_INLINE void backward_columns(TiledBackwardBlock& b, const BackwardHead& h, co
 }
 
 template <class E>
-FA_INLINE void add_queries(TiledBackwardBlock& b, const BackwardHead& h, index_t g, bool odd) {
+FA_INLINE void add_queries(TiledBackwardBlock& b, const BackwardHead& h, index_t g, bool uncut) {
   const index_t row = h.dq.row / index_t(sizeof(float)), ld = up_to(b.d, DEPTH);
   float* dq = reinterpret_cast<float*>(h.dq.data + g * h.dq_head + b.q0 * h.dq.row);
   Fetch fetch{b.fetcher};
@@ -232,8 +233,8 @@ FA_INLINE void add_queries(TiledBackwardBlock& b, const BackwardHead& h, index_t
     multiply_runs<COMPUTED<E>, PIECES<E>, false>(n, b.d, rows, b.k_pairs, b.columns[r], b.sum,
                                                  4 * ld, fetch);
     add_rows(dq + r * CELL * row, row, b.sum, ld, n, b.d, float(h.scale));
-    if (odd)
-      add_rows(dq + r * CELL * row, row, b.odd_dq + r * CELL * b.d, b.d, n, b.d, float(h.scale));
+    if (uncut)
+      add_rows(dq + r * CELL * row, row, b.uncut_dq + r * CELL * b.d, b.d, n, b.d, float(h.scale));
   }
 }
 

@@ -76,13 +76,13 @@ FA_INLINE void load_block(const Matrix& src, index_t r, index_t rows, index_t c,
   if constexpr (TRANSPOSE) transpose_registers<float>(x);
 }
 
-inline constexpr uint32_t FIRST_ODD = 0x7f7f8000;  // numbers from here on cannot be cut
-// What becomes of them: they are looked for, known to be absent, or replaced by 0.
-enum class Odd { sought, absent, replaced };
-template <Odd ODD> FA_INLINE Vec<float> look_for_odd(Vec<float> x, Words& largest) {
-  if constexpr (ODD == Odd::absent) return x;
+inline constexpr uint32_t FIRST_UNCUT = 0x7f7f8000;  // numbers from here on cannot be cut
+// What becomes of uncut numbers: they are looked for, known to be absent, or replaced by 0.
+enum class Uncut { sought, absent, replaced };
+template <Uncut UNCUT> FA_INLINE Vec<float> look_for_uncut(Vec<float> x, Words& largest) {
+  if constexpr (UNCUT == Uncut::absent) return x;
   const Words magnitude = (Words)x & 0x7fffffff;
-  if constexpr (ODD == Odd::replaced) return magnitude >= FIRST_ODD ? Vec<float>{} : x;
+  if constexpr (UNCUT == Uncut::replaced) return magnitude >= FIRST_UNCUT ? Vec<float>{} : x;
   largest = (Words)_mm512_maskz_max_epu32(0xffff, (__m512i)largest, (__m512i)magnitude);
   return x;
 }
@@ -90,7 +90,7 @@ template <Odd ODD> FA_INLINE Vec<float> look_for_odd(Vec<float> x, Words& larges
 // dst = rows [r0, r0 + rows) of src, or their transpose, as an operand: as rows (the sum goes along
 // its rows) or as words (along its columns). True if a number was found that cannot be cut.
 // `factor` is applied to float32 transposed to words.
-template <class E, bool TRANSPOSE, bool AS_ROWS, Odd ODD>
+template <class E, bool TRANSPOSE, bool AS_ROWS, Uncut UNCUT>
 FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t cols,
                             const Operand& dst, float factor = 1) {
   constexpr bool along = TRANSPOSE != AS_ROWS;  // does the sum go along src's rows?
@@ -105,8 +105,8 @@ FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t
       char* at = dst.data + (AS_ROWS ? outer * dst.row + 2 * sum : sum / 2 * dst.row + 4 * outer);
       const auto put = [&](int i, Vec<float> low, Vec<float> high) FA_LAMBDA {
         if (P == 3 && TRANSPOSE && !AS_ROWS) low *= splat(factor), high *= splat(factor);
-        low = look_for_odd<ODD>(low, largest);
-        high = look_for_odd<ODD>(high, largest);
+        low = look_for_uncut<UNCUT>(low, largest);
+        high = look_for_uncut<UNCUT>(high, largest);
         store_words<P>(at + i * dst.row, dst.piece, cut_number<P>(low), cut_number<P>(high));
       };
       if (!TRANSPOSE && native && r2 + TILE <= rows && c2 + TILE <= cols) {
@@ -123,23 +123,24 @@ FA_NOINLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t
       FA_UNROLL
       for (int i = 0; i < TILE; i++) put(i, low[i], high[i]);
     }
-  return any_lane<float>((IntVec<float>)(largest >= FIRST_ODD));
+  return any_lane<float>((IntVec<float>)(largest >= FIRST_UNCUT));
 }
 template <class E, bool TRANSPOSE, bool AS_ROWS>
 FA_INLINE bool cut_matrix(const Matrix& src, index_t r0, index_t rows, index_t cols,
                           const Operand& dst, float factor = 1) {
-  const bool odd = cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::sought>(src, r0, rows, cols, dst, factor);
-  if (odd) cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::replaced>(src, r0, rows, cols, dst, factor);
-  return odd;
+  const bool uncut =
+      cut_matrix<E, TRANSPOSE, AS_ROWS, Uncut::sought>(src, r0, rows, cols, dst, factor);
+  if (uncut) cut_matrix<E, TRANSPOSE, AS_ROWS, Uncut::replaced>(src, r0, rows, cols, dst, factor);
+  return uncut;
 }
-// The same of a matrix that was cut before, when `odd` was found.
+// The same of a matrix that was cut before, when `uncut` was found.
 template <class E, bool TRANSPOSE, bool AS_ROWS>
 FA_INLINE void cut_again(const Matrix& src, index_t r0, index_t rows, index_t cols,
-                         const Operand& dst, bool odd) {
-  if (odd)
-    cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::replaced>(src, r0, rows, cols, dst);
+                         const Operand& dst, bool uncut) {
+  if (uncut)
+    cut_matrix<E, TRANSPOSE, AS_ROWS, Uncut::replaced>(src, r0, rows, cols, dst);
   else
-    cut_matrix<E, TRANSPOSE, AS_ROWS, Odd::absent>(src, r0, rows, cols, dst);
+    cut_matrix<E, TRANSPOSE, AS_ROWS, Uncut::absent>(src, r0, rows, cols, dst);
 }
 
 // ---- what cannot be cut, by hand ----
@@ -148,7 +149,7 @@ FA_INLINE void cut_again(const Matrix& src, index_t r0, index_t rows, index_t co
 template <class E> FA_INLINE float number_at(const Matrix& m, index_t r, index_t c) {
   return gather_as<E>(m.data + r * m.row + c * m.col, 0, 1)[0];
 }
-FA_INLINE bool is_odd(float x) {
+FA_INLINE bool cannot_be_cut(float x) {
   return !(__builtin_fabsf(x) < 0x1.ffp127f);  // rounds to infinity in bfloat16
 }
 

@@ -16,14 +16,14 @@ namespace {
 
 // Logits of rows or keys that could not be cut, by hand; s[key][row].
 template <class E>
-FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, index_t n, index_t d,
-                          float factor, float* s) {
+FA_NOINLINE void score_uncut_few(const Row<float>* rows, int count, const FewRows& k, index_t n,
+                                 index_t d, float factor, float* s) {
   for (index_t i = 0; i < n; i++) {
     const Matrix key = k.at(i);
-    const bool odd_key = is_odd_row<E>(key, 0, d);
+    const bool uncut_key = has_uncut<E>(key, 0, d);
     for (int r = 0; r < count; r++) {
       const Matrix& q = rows[r].head->q;
-      if (odd_key || is_odd_row<E>(q, rows[r].query, d))
+      if (uncut_key || has_uncut<E>(q, rows[r].query, d))
         s[i * TILE + r] = dot_rows<E>(key, 0, q, rows[r].query, d) * factor;
     }
   }
@@ -31,13 +31,13 @@ FA_NOINLINE void mend_few(const Row<float>* rows, int count, const FewRows& k, i
 
 // What could not be cut of V, for the rows that may see it; p[key] from key k0.
 template <class E>
-FA_NOINLINE void mend_few_values(const Row<float>& x, const FewRows& v, index_t first, index_t n,
-                                 index_t d_v, float* sums) {
+FA_NOINLINE void add_uncut_few_values(const Row<float>& x, const FewRows& v, index_t first,
+                                      index_t n, index_t d_v, float* sums) {
   for (index_t key = 0; key < n; key++) {
     if (x.has_dense && x.dense[key] == -Bits<float>::infinity) continue;
     for (index_t c = 0; c < d_v; c++) {
       const float value = number_at<E>(v.at(first + key), 0, c);
-      if (is_odd(value)) sums[c] += x.p[key] * value;
+      if (cannot_be_cut(value)) sums[c] += x.p[key] * value;
     }
   }
 }
@@ -111,7 +111,7 @@ FA_NOINLINE void few_careful_scores(const Row<float>* rows, int count, const Few
     multiply_operands<PIECES<E>, PIECES<E>>(DEPTH, TILE, x.d, x.k_cut, x.q_cut, x.s + i * TILE,
                                             4 * TILE);
   }
-  mend_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
+  score_uncut_few<E>(rows, count, k, n, rows[0].head->d, factor.in_q, x.s);
 }
 template <class E>
 FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const TiledFewScratch<E>& x,
@@ -130,18 +130,16 @@ FA_NOINLINE void few_careful_products(const FewRows& v, index_t n, const TiledFe
 
 // 1. scores of keys [0, n) of a block (a multiple of 32): p[row][key]
 template <class E>
-FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool odd_q,
+FA_NOINLINE void few_scores_of_block(const Row<float>* rows, int count, bool uncut_q,
                                      const FewRows& k, index_t n, const FewTiles& tiles,
                                      FewFetch& fetch, const TiledFewScratch<E>& x) {
   const LogitFactor factor = logit_factor<E>(*rows[0].head);
   few_scores_on_tiles<E>(k, n, x.d / DEPTH, x.q_cut, tiles.columns, x.s, x.pieces, fetch);
   bool finite = false;
-  if (tiles.columns == 1) finite = few_columns<1>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 2) finite = few_columns<2>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 4) finite = few_columns<4>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 8) finite = few_columns<8>(n, x.s, x.p, x.p_row, factor.after);
-  if (tiles.columns == 16) finite = few_columns<16>(n, x.s, x.p, x.p_row, factor.after);
-  if (finite && !odd_q) return;
+  with_count<TILED_FEW>(tiles.columns, [&]<int C>() FA_LAMBDA {
+    if constexpr ((C & (C - 1)) == 0) finite = few_columns<C>(n, x.s, x.p, x.p_row, factor.after);
+  });
+  if (finite && !uncut_q) return;
   few_careful_scores<E>(rows, count, k, n, factor, x);
   for (int r = 0; r < count; r++)
     for (index_t i = 0; i < n; i++) x.p[r * x.p_row + i] = x.s[i * TILE + r] * factor.after;
@@ -214,8 +212,8 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
                                  });
   AllFinite finite;
   for (index_t i = 0; i < count * x.d_v; i += W<float>) finite.add(load(sums + i));
-  const bool odd = !finite.all();
-  if (odd) {
+  const bool uncut = !finite.all();
+  if (uncut) {
     if (!apart) __builtin_memcpy(x.o, x.sums, bytes);
     few_careful_products<E>(v, all, x, sums);
     tiles.configure();
@@ -226,7 +224,7 @@ FA_NOINLINE void few_values_of_block(Row<float>* rows, int count, const FewRows&
     row.total = row.sum = fma<float>(splat(row.sum), rescale, splat(total[r]))[0];
     for (index_t c = 0; apart && c < x.d_v; c += W<float>)
       store(row.o + c, fma<float>(load(row.o + c), rescale, load(x.sums + r * x.d_v + c)));
-    if (odd) mend_few_values<E>(row, v, before, n, d_v, row.o);
+    if (uncut) add_uncut_few_values<E>(row, v, before, n, d_v, row.o);
   }
 }
 
@@ -246,7 +244,7 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
     copy_elements(x.q + r * h.d, q.data + row.query * q.row, q.col, h.d);
   });
   __builtin_memset(x.o, 0, size_t(count * x.d_v) * sizeof(T));
-  const bool odd_q = cut_matrix<E, true, false>(
+  const bool uncut_q = cut_matrix<E, true, false>(
       {reinterpret_cast<char*>(x.q), h.d * index_t(sizeof(E)), index_t(sizeof(E))}, 0, count, h.d,
       x.q_cut, logit_factor<E>(h).in_q);
 
@@ -261,7 +259,7 @@ FA_ENTRY void forward_few_on_tiles(const ForwardHead* heads, index_t group, void
     const index_t base = k0 / DEPTH * DEPTH, n = k1 - k0, before = k0 - base, all = k1 - base;
     const FewRows k = few_rows<E>(h.k, h.pages, h.pages.k_page, base, all, h.d, x.d, x.k_rows);
     const FewRows v = few_rows<E>(h.v, h.pages, h.pages.v_page, base, all, h.d_v, x.d_v, x.v_rows);
-    few_scores_of_block<E>(rows, count, odd_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
+    few_scores_of_block<E>(rows, count, uncut_q, k, up_to(all, DEPTH), tiles, k_fetch, x);
     for (int r = 0; r < count; r++) {
       rows[r].p = x.p + r * x.p_row + before;
       few_exponentials<E>(rows[r], r, k0, n, before, x.p_cut);

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "kernel/amx/cut.h"
-#include "kernel/vector/fetch.h"
 
 namespace fusedattn {
 namespace {
@@ -60,7 +59,9 @@ struct FewRows {
 };
 
 // Lines of K or V that are fetched into L2 ahead of the 16 rows that are cut: row after row, or
-// rows r and r + 16 of each 32 together.
+// rows r and r + 16 of each 32 together. No Fetcher (vector/fetch.h): that spreads what is read
+// after this task over its steps, this stays a fixed distance ahead of the task's own reading, to
+// its end.
 struct FewFetch {
   const char *at, *row_end;
   index_t row, bytes, lead;    // bytes from row to row, of a row, fetched but not yet cut

@@ -43,16 +43,11 @@ FA_INLINE Matrix block_rows(const Matrix& m, const Pages& pages, index_t page, i
 template <class E>
 FA_INLINE void fetch_next_queries(Fetcher& f, const ForwardHead& h, const NextQueries& next,
                                   index_t tiles) {
-  constexpr index_t size = sizeof(E), P = PIECES<E>;
-  const index_t keys = next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0;
-  clear_fetcher(f);
-  fetch_rows(f, next.out, next.begin, next.end, h.d_v * size);
-  fetch_rows(f, next.v, 0, keys, h.d_v * size);
-  fetch_rows(f, next.k, 0, keys, h.d * size);
-  fetch_rows(f, next.q, next.begin, next.end, h.d * size);
+  constexpr index_t P = PIECES<E>;
+  queue_next_queries<E>(f, h, next);
   const index_t products = up_to(h.d, DEPTH) / DEPTH * piece_order<P, P>().n +
                            up_to(h.d_v, DEPTH) / DEPTH * piece_order<P, P_PIECES<E>>().n;
-  start_fetching(f, tiles * products);
+  start_fetching(f, tiles * products, LINES_AT_ONCE);
 }
 
 // Keys [k0, k1) for b, and how they are computed.
@@ -68,18 +63,20 @@ FA_INLINE void plan_unit(const ForwardHead& h, const LogitFactor& factor, index_
   b.cut[2] = max_index(b.cut[1], min_index(k1, keys.all.high));
   b.cut[3] = k1;
   for (Dense<float>& dense : b.dense) dense = {};
-  const bool ragged = b.cut[1] > k0 || b.cut[2] < k1, odd_v = b.keys->odd_v;
+  const bool ragged = b.cut[1] > k0 || b.cut[2] < k1, uncut_v = b.keys->uncut_v;
   b.has_dense = has_dense(h.rules, use_mask) || ragged;
-  b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !odd_v;
+  b.masked = use_mask && !has_dense(h.rules, false) && !ragged && !uncut_v;
   // Keys left out are -inf, which a factor could turn into NaN.
-  const bool whole = k0 - block == b.low && k1 - block == b.high, odd = b.keys->odd_k || b.x->uncut;
+  const bool whole = k0 - block == b.low && k1 - block == b.high,
+             uncut = b.keys->uncut_k || b.x->uncut;
   const bool bends = h.rules.softcap > 0;
-  b.plan = {factor, 0, !bends && (!b.has_dense || b.masked) && !odd && (whole || SCALED_QUERIES<E>),
+  b.plan = {factor, 0,
+            !bends && (!b.has_dense || b.masked) && !uncut && (whole || SCALED_QUERIES<E>),
             bends && !b.has_dense};
   // Masks are read 64 keys at a time, rows of a bias are best read in one go, and a softcap of more
   // than 8 keys does not fit beside products; where V holds what cannot be cut, masks and biases of
   // the whole block are wanted.
-  if (odd_v)
+  if (uncut_v)
     b.plan.chunk = KEY_BLOCK;
   else if constexpr (!PIPELINED<E>)
     b.plan.chunk = b.has_dense ? 2 * DEPTH : DEPTH;
@@ -177,8 +174,8 @@ template <class E> struct TiledForward {
       block_keys = keys + block / KEY_BLOCK % 2;
       finish_units<E>(pipeline, block_keys);
     }
-    block_keys->odd_k = cut_matrix<E, false, true>(k, 0, rows, h.d, block_keys->k);
-    block_keys->odd_v = cut_matrix<E, true, true>(v, 0, rows, h.d_v, block_keys->v);
+    block_keys->uncut_k = cut_matrix<E, false, true>(k, 0, rows, h.d, block_keys->k);
+    block_keys->uncut_v = cut_matrix<E, true, true>(v, 0, rows, h.d_v, block_keys->v);
   }
   FA_INLINE_MEMBER void attend(int i, index_t block, index_t k0, index_t k1, bool use_mask) {
     TiledQueries& x = subs[i];
@@ -196,7 +193,8 @@ template <class E> struct TiledForward {
     plan_unit<E>(h, factor, block, k0, k1, use_mask, b);
     if constexpr (PIPELINED<E>) {
       advance<E>(pipeline, &b);
-      if (block_keys->odd_v) finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
+      if (block_keys->uncut_v)
+        finish_units<E>(pipeline, nullptr);  // whose masks are kept in b.tile
     } else {
       block_probabilities<E>(h, b, pipeline.fetcher);
       add_values<E>(h, b, Fetch{pipeline.fetcher});

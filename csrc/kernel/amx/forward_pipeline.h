@@ -168,7 +168,7 @@ template <class E> FA_NOINLINE void advance(Pipeline& p, Scored* unit) {
                            products_of(p.cut, p.h.d_v, piece_order<PIECES<E>, P_PIECES<E>>().n);
   Steps steps;
   begin_steps<E>(p, products, steps);
-  const Beside beside{p.fetcher, steps};
+  const FetchAndStep beside{p.fetcher, steps};
   if (unit)
     multiply_scores<E>(p.h, *unit, unit->low, unit->high,
                        unit->s + unit->low * unit->x->vectors * W<float>, beside);

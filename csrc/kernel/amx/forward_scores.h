@@ -29,13 +29,13 @@ struct TiledQueries : Queries<float> {
 // A block of keys, cut, and whether something in it could not be.
 struct KeyBlock {
   Operand k, v;  // rows (keys x d), rows (d_v x keys)
-  bool odd_k, odd_v;
+  bool uncut_k, uncut_v;
 };
 
-template <class E> FA_NOINLINE bool is_odd_row(const Matrix& m, index_t r, index_t cols) {
-  bool odd = false;
-  for (index_t c = 0; c < cols; c++) odd |= is_odd(number_at<E>(m, r, c));
-  return odd;
+template <class E> FA_NOINLINE bool has_uncut(const Matrix& m, index_t r, index_t cols) {
+  bool uncut = false;
+  for (index_t c = 0; c < cols; c++) uncut |= cannot_be_cut(number_at<E>(m, r, c));
+  return uncut;
 }
 template <class E>
 FA_NOINLINE float dot_rows(const Matrix& a, index_t i, const Matrix& b, index_t j, index_t d) {
@@ -60,15 +60,15 @@ template <class E> FA_INLINE LogitFactor logit_factor(const ForwardHead& h) {
 
 // Logits of keys or queries with numbers that could not be cut, by hand; s[key][query].
 template <class E>
-FA_NOINLINE void mend_scores(const Matrix& k, index_t key, index_t n, const Matrix& q,
+FA_NOINLINE void score_uncut(const Matrix& k, index_t key, index_t n, const Matrix& q,
                              index_t query, index_t count, index_t d, float factor, float* s,
                              index_t lanes) {
-  bool odd_query[LANES<float>];
-  for (index_t j = 0; j < count; j++) odd_query[j] = is_odd_row<E>(q, query + j, d);
+  bool uncut_query[LANES<float>];
+  for (index_t j = 0; j < count; j++) uncut_query[j] = has_uncut<E>(q, query + j, d);
   for (index_t i = 0; i < n; i++) {
-    const bool odd_key = is_odd_row<E>(k, key + i, d);
+    const bool uncut_key = has_uncut<E>(k, key + i, d);
     for (index_t j = 0; j < count; j++)
-      if (odd_key || odd_query[j])
+      if (uncut_key || uncut_query[j])
         s[i * lanes + j] = dot_rows<E>(k, key + i, q, query + j, d) * factor;
   }
 }
@@ -177,16 +177,10 @@ FA_NOINLINE void rule_scores(const ForwardHead& h, Scored& b, index_t from, inde
     const index_t low = max_index(b.cut[r], b.block + from),
                   high = min_index(b.cut[r + 1], b.block + to);
     if (low >= high) continue;
-    const auto apply = [&](auto f) FA_LAMBDA {
-      f(h.rules, b, r, low, high, b.keys->odd_v, b.plan.factor.after,
-        s + (low - b.block - from) * lanes);
-    };
-    if (x.vectors == 1) apply(rule_range<E, 1>);
-    if (x.vectors == 2) apply(rule_range<E, 2>);
-    if constexpr (WIDEST<E> > 2) {
-      if (x.vectors == 3) apply(rule_range<E, 3>);
-      if (x.vectors == 4) apply(rule_range<E, 4>);
-    }
+    with_count<WIDEST<E>>(x.vectors, [&]<int NQ>() FA_LAMBDA {
+      rule_range<E, NQ>(h.rules, b, r, low, high, b.keys->uncut_v, b.plan.factor.after,
+                        s + (low - b.block - from) * lanes);
+    });
   }
 }
 
@@ -202,8 +196,8 @@ FA_NOINLINE void multiply_scores(const ForwardHead& h, Scored& b, index_t from, 
   const index_t low = max_index(from, b.k0 - b.block), high = min_index(to, b.k1 - b.block);
   multiply_operands<PIECES<E>, PIECES<E>>(
       high - from, lanes, h.d, {k.data + from * k.row, k.row, k.piece}, q, s, 4 * lanes, work);
-  if (b.keys->odd_k || x.uncut)
-    mend_scores<E>(b.k, low, high - low, h.q, x.first, x.count, h.d, b.plan.factor.in_q,
+  if (b.keys->uncut_k || x.uncut)
+    score_uncut<E>(b.k, low, high - low, h.q, x.first, x.count, h.d, b.plan.factor.in_q,
                    s + (low - from) * lanes, lanes);
   clear_scores(s, low - from, lanes);
   clear_scores(s + (high - from) * lanes, to - high, lanes);

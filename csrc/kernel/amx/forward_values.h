@@ -117,14 +117,15 @@ FA_INLINE float word_element(const Operand& words, int pieces, index_t key, inde
 }
 
 // What could not be cut of V, for the queries that may see it.
-template <class E> FA_NOINLINE void mend_values(const Scored& b, const Matrix& v, index_t d_v) {
+template <class E>
+FA_NOINLINE void add_uncut_values(const Scored& b, const Matrix& v, index_t d_v) {
   const index_t lanes = b.x->vectors * W<float>;
   for (index_t key = b.k0; key < b.k1; key++) {
     const int r = (key >= b.cut[1]) + (key >= b.cut[2]);
     const Dense<float>& dense = b.dense[r];
     for (index_t c = 0; c < d_v; c++) {
       const float value = number_at<E>(v, key - b.block, c);
-      if (!is_odd(value)) continue;
+      if (!cannot_be_cut(value)) continue;
       for (index_t j = 0; j < lanes; j++) {
         const index_t lane = j % W<float>;
         if (!dense.data ||
@@ -148,8 +149,8 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
   constexpr int P = P_PIECES<E>;
   const Operand& v = b.keys->v;
   const index_t lanes = x.vectors * W<T>, steps = (b.high - b.low) / DEPTH;
-  const bool odd = b.keys->odd_v, direct = x.single && !odd;
-  if (x.single && odd) clear_sums(h, x), x.single = false;
+  const bool uncut = b.keys->uncut_v, direct = x.single && !uncut;
+  if (x.single && uncut) clear_sums(h, x), x.single = false;
   alignas(64) T factor[LANES<T>];
   if (direct) finish_sums(h, x, factor);
   in_tile_pairs(h.d_v, lanes, [&]<int MI, int NJ>(index_t i, index_t j) FA_LAMBDA {
@@ -176,7 +177,7 @@ FA_NOINLINE void add_values(const ForwardHead& h, Scored& b, Work work) {
     }
   });
   x.finished = direct;
-  if (odd) mend_values<E>(b, b.v, h.d_v);
+  if (uncut) add_uncut_values<E>(b, b.v, h.d_v);
 }
 
 }  // namespace

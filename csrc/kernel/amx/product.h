@@ -88,29 +88,9 @@ FA_NOINLINE void cut_band_of_b(const Matrix& b, index_t k0, index_t depth, index
 
 // ---- products ----
 
-// The second half of multiply_tiles<2, NJ>.
-template <int NJ> FA_INLINE void multiply_lower_tiles() {
-  asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
-  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
-}
-
-// sums (32 x 32) = the product of MI x NJ tiles of two bands. `between` is called CALLS times a
-// step.
-inline constexpr index_t CALLS = 12;
-template <int MI, int NJ, class F>
-FA_INLINE void multiply_bands(const char* a, const char* b, index_t steps, float* sums,
-                              F&& between) {
-  constexpr PieceOrder order = piece_order<3, 3>();
-  clear_tiles<MI, NJ>();
-  for (; steps > 0; steps--, a += STEP_BYTES, b += STEP_BYTES)
-    unrolled<order.n>([&]<int T>() FA_LAMBDA {
-      if constexpr (order.new_x(T)) load_rows_tiles<MI>(a + order.x[T] * PIECE_BYTES, 64);
-      if constexpr (order.new_y(T)) load_words_tiles<NJ>(b + order.y[T] * PIECE_BYTES, 128);
-      multiply_tiles<1, NJ>(), between();
-      if (MI == 2) multiply_lower_tiles<NJ>();
-      between();
-    });
-  store_tiles<MI, NJ>(sums, BAND * sizeof(float));
+// How many products of tiles make rows x columns sums over so many steps.
+FA_INLINE index_t products_of_tiles(index_t rows, index_t columns, index_t steps) {
+  return up_to(rows, TILE) / TILE * (up_to(columns, TILE) / TILE) * piece_order<3, 3>().n * steps;
 }
 
 // A piece of k for one band of columns.
@@ -118,17 +98,19 @@ struct BandPlace {
   index_t j, columns, k0, depth;
   bool first, done;
 };
-// Sums on their way to C, from `row` on.
-struct BandSums {
+// Sums on their way to C, a row for each step.
+struct BandSums : Paced {
+  const Product* p;
   BandPlace at;
-  index_t i, rows, row;
-  float* sums;  // 32 x 32
-  float* copy;  // scratch for a band of B
-  bool mended;
+  index_t i, rows, row;  // the first one's number, how many there are, the next one
+  float* sums;           // 32 x 32
+  float* copy;           // scratch for a band of B
+  bool summed_again;
 };
 
 // Sums that are not finite again, by multiply-adds.
-FA_NOINLINE void mend(const Product& p, BandSums& s) {
+FA_NOINLINE void sum_again(BandSums& s) {
+  const Product& p = *s.p;
   const BandPlace& at = s.at;
   for (index_t k = 0; k < at.depth; k += DEPTH)
     for (index_t t = 0; t < BAND; t += TILE) {
@@ -151,12 +133,12 @@ FA_NOINLINE void mend(const Product& p, BandSums& s) {
       store(tiled, x - x == Vec<float>{} ? x : sum[v]);
     }
   }
-  s.mended = true;
+  s.summed_again = true;
 }
 
-// A row of sums becomes one of C. write_tile and finish_tile in one go: what activations compute
-// must not wait for memory, and their latencies overlap.
-template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
+// A row of sums becomes one of C, activations and all: they must not wait for memory.
+template <int NJ> FA_INLINE void finish_row(BandSums& s) {
+  const Product& p = *s.p;
   const float* sums = s.sums + s.row * BAND;
   Vec<float> x[NJ], check{};
   FA_UNROLL
@@ -164,37 +146,27 @@ template <int NJ> FA_INLINE void finish_row(const Product& p, BandSums& s) {
     x[v] = load(sums + v * TILE);
     check = fma<float>(x[v], Vec<float>{}, check);
   }
-  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.mended) {
-    mend(p, s);
+  if (_mm512_cmpneq_ps_mask((__m512)check, _mm512_setzero_ps()) && !s.summed_again) {
+    sum_again(s);
     for (int v = 0; v < NJ; v++) x[v] = load(sums + v * TILE);
   }
   const index_t i = s.i + s.row, j = s.at.j;
+  const Joining<float> with = joining<float>(p, i, j, s.at.first);
   float* c = row_of<float>(p.c, i) + j;
-  const float* before = !s.at.first ? c : p.added.data ? row_of<float>(p.added, i) + j : nullptr;
-  const float* bias = s.at.first && p.bias ? static_cast<const float*>(p.bias) + j : nullptr;
-  const auto lanes = [&](int v)
-                         FA_LAMBDA { return v == NJ - 1 ? int(s.at.columns - v * TILE) : TILE; };
+  const int last = int(s.at.columns - (NJ - 1) * TILE);
   const auto each = [&](auto&& f) FA_LAMBDA {
     FA_UNROLL
-    for (int v = 0; v < NJ; v++) f(v, v * TILE);
+    for (int v = 0; v < NJ; v++) f(x[v], v * TILE, v == NJ - 1 ? last : TILE);
   };
-  if (bias) each([&](int v, index_t at) { x[v] += load_lanes(bias + at, lanes(v)); });
-  if (before) each([&](int v, index_t at) { x[v] += load_lanes(before + at, lanes(v)); });
-  if (s.at.done && p.then != Then::nothing) {
-    float* slope = p.slope.data ? row_of<float>(p.slope, i) + j : nullptr;
-    const auto activate_with = [&](auto&& f) FA_LAMBDA {
-      Activated<float> y[NJ];
-      each([&](int v, index_t) { y[v] = f(x[v]); });
-      each([&](int v, index_t) { x[v] = y[v].y; });
-      if (slope) each([&](int v, index_t at) { store_lanes(slope + at, y[v].slope, lanes(v)); });
-    };
-    if (p.then == Then::times)
-      each([&](int v, index_t at) { x[v] = x[v] * load_lanes(slope + at, lanes(v)); });
-    if (p.then == Then::relu) activate_with([](Vec<float> v) { return relu<float>(v); });
-    if (p.then == Then::gelu) activate_with([](Vec<float> v) { return gelu<float>(v); });
-    if (p.then == Then::gelu_tanh) activate_with([](Vec<float> v) { return gelu_tanh<float>(v); });
-  }
-  each([&](int v, index_t at) { store_lanes(c + at, x[v], lanes(v)); });
+  if (with.bias)
+    each([&](Vec<float>& sum, index_t at, int lanes)
+             FA_LAMBDA { sum += load_lanes(with.bias + at, lanes); });
+  if (with.before)
+    each([&](Vec<float>& sum, index_t at, int lanes)
+             FA_LAMBDA { sum += load_lanes(with.before + at, lanes); });
+  if (s.at.done)
+    activate<float>(p.then, x, p.slope.data ? row_of<float>(p.slope, i) + j : nullptr, last);
+  each([&](Vec<float> sum, index_t at, int lanes) FA_LAMBDA { store_lanes(c + at, sum, lanes); });
 }
 // For the line of C to be there in time. Rows are often a multiple of 4096 bytes apart and share a
 // few cache lines.
@@ -204,11 +176,14 @@ FA_INLINE void expect_row(const Matrix& m, index_t i, index_t j) {
   __builtin_prefetch(at, 1, 3);
   __builtin_prefetch(at + 64, 1, 3);
 }
-FA_NOINLINE void finish_next(const Product& p, BandSums& s) {
+FA_NOINLINE void finish_next(Paced& steps) {
+  BandSums& s = static_cast<BandSums&>(steps);
+  const Product& p = *s.p;
+  step_taken(s);
   if (s.at.columns > TILE)
-    finish_row<2>(p, s);
+    finish_row<2>(s);
   else
-    finish_row<1>(p, s);
+    finish_row<1>(s);
   expect_row(p.c, s.i + s.row + ROWS_AHEAD, s.at.j);
   if (p.slope.data && s.at.done) expect_row(p.slope, s.i + s.row + ROWS_AHEAD, s.at.j);
   s.row++;
@@ -230,60 +205,50 @@ struct TiledProductScratch {
 
 // One band of columns and one piece of k, all rows of A.
 FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char* a, index_t a_band,
-                              index_t i0, index_t rows, const TiledProductScratch& own,
-                              NextBlocks& next, BandSums& last) {
+                              const PartOfC& c, const TiledProductScratch& own, Fetcher& fetcher,
+                              BandSums& last) {
   const index_t steps = up_to(at.depth, DEPTH) / DEPTH;
-  const bool wide = at.columns > TILE;
-  const auto between = [&]() FA_LAMBDA {
-    if (last.row < last.rows) finish_next(p, last);
-    for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
-    for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
-  };
-  for (index_t i = 0; i < rows; i += BAND, a += a_band) {
+  const Operand b_band{own.b, 128, PIECE_BYTES};
+  for (index_t i = 0; i < c.rows; i += BAND, a += a_band) {
+    const index_t rows = min_index(BAND, c.rows - i);
     float* sums = last.sums == own.sums[0] ? own.sums[1] : own.sums[0];
-    const bool two = rows - i > TILE;
-    if (two && wide) multiply_bands<2, 2>(a, own.b, steps, sums, between);
-    if (two && !wide) multiply_bands<2, 1>(a, own.b, steps, sums, between);
-    if (!two && wide) multiply_bands<1, 2>(a, own.b, steps, sums, between);
-    if (!two && !wide) multiply_bands<1, 1>(a, own.b, steps, sums, between);
-    while (last.row < last.rows) finish_next(p, last);
-    last = {at, i0 + i, min_index(BAND, rows - i), 0, sums, own.copy, false};
+    start_steps(last, products_of_tiles(rows, at.columns, steps));
+    with_tiles(rows, at.columns, [&]<int MI, int NJ>() FA_LAMBDA {
+      stepped_product<3, 3, MI, NJ>({const_cast<char*>(a), 64, PIECE_BYTES}, STEP_BYTES, b_band,
+                                    STEP_BYTES, steps, sums, BAND * sizeof(float),
+                                    FetchAndStep{fetcher, last});
+    });
+    finish_steps(last, false);
+    last = {{rows, 0, 0, finish_next}, &p, at, c.i0 + i, rows, 0, sums, own.copy, false};
   }
 }
 
 FA_ENTRY void product_tiled(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
                             index_t next_rows, void* scratch) {
+  const PartOfC c{i0, rows, j0, j1, next_rows};
   Layout layout(scratch);
   const TiledProductScratch own(rows, layout);
   const index_t depth = tiled_depth_of(p.k), a_band = depth / DEPTH * STEP_BYTES;
-  const index_t times = bands_of(rows) * CALLS * depth / DEPTH;  // that lines are fetched
   const Tiles tiles;
+  Fetcher fetcher;
   BandSums last{};
   for (index_t k0 = 0; k0 < p.k; k0 += depth) {
-    const index_t n = min_index(depth, p.k - k0), after = min_index(depth, p.k - k0 - n);
+    const index_t n = min_index(depth, p.k - k0);
     if (p.row_sums && j0 == 0)
       sum_rows<float>(p.a, i0, rows, k0, n, k0 == 0, static_cast<float*>(p.row_sums));
     for (index_t i = 0; i < rows; i += BAND)
       cut_band_of_a(p.a, i0 + i, rows - i, k0, n, own.copy, own.a + i / BAND * a_band);
-    NextBlocks next{};
-    if (after > 0)
-      next.a = block_stream<float>(p.a, i0, rows, k0 + n, after);
-    else if (next_rows < p.m)
-      next.a = block_stream<float>(p.a, next_rows, min_index(rows, p.m - next_rows), 0, depth);
-    next.a_burst = lines_of(next.a) / (times * bands_of(j1 - j0)) + 1;
     for (index_t j = j0; j < j1; j += BAND) {
       const index_t columns = min_index(BAND, j1 - j);
       cut_band_of_b(p.b, k0, n, j, columns, own.copy, own.b);
-      if (j + BAND < j1)
-        next.b = block_stream<float>(p.b, k0, n, j + BAND, min_index(BAND, j1 - j - BAND));
-      else if (after > 0)
-        next.b = block_stream<float>(p.b, k0 + n, after, j0, min_index(BAND, j1 - j0));
-      next.b_burst = lines_of(next.b) / times + 1;
-      product_band(p, {j, columns, k0, n, k0 == 0, after == 0}, own.a, a_band, i0, rows, own, next,
+      fetch_next_blocks<float>(fetcher, p, c, k0, depth, j, BAND);
+      start_fetching(fetcher, products_of_tiles(rows, columns, up_to(n, DEPTH) / DEPTH),
+                     LINES_AT_ONCE);
+      product_band(p, {j, columns, k0, n, k0 == 0, k0 + n == p.k}, own.a, a_band, c, own, fetcher,
                    last);
     }
   }
-  while (last.row < last.rows) finish_next(p, last);
+  finish_steps(last, false);
 }
 
 // Narrow and shallow products gain nothing. The number of rows must not matter.

@@ -12,9 +12,12 @@
 //   rows   A of A B: 16-bit elements, 16 rows by 32 elements (64 bytes) to a tile
 //   words  B of A B: words of two elements that are neighbours along the sum, 16 rows of words (32
 //          elements of the sum) by 16 columns to a tile
-// Numbers that are not finite (and those that round to infinity) cannot be cut: they are replaced
-// by 0, and whoever cuts is told, to put things right by hand. Numbers below 2^-100 lose their last
-// pieces, as the instruction takes subnormal numbers for 0.
+// Numbers that are not finite (and those that round to infinity) cannot be cut. The code calls them
+// uncut: 0 stands in an operand in their place, and whoever cuts is told, to put things right by
+// hand. Numbers below 2^-100 lose their last pieces, as the instruction takes subnormal numbers for
+// 0.
+//
+// Speeds in the comments of this folder were measured on a Granite Rapids.
 //
 // An element of a product is the same sum in the same order wherever it lies in a tile: its bits
 // depend on where its terms lie along the sum, modulo 32, and on nothing else.
@@ -94,16 +97,19 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-// Each takes 16 cycles; work(how many) is called to run beside them.
+// Each product takes 16 cycles. After those of a row of tiles work(how many) is called, to run
+// beside them.
 struct Nothing {
   FA_INLINE_MEMBER void operator()(int) {}
 };
 template <int MI, int NJ, class Work = Nothing> FA_INLINE void multiply_tiles(Work work = {}) {
   asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
   if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-  work(MI * NJ);
-  if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
-  if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+  work(NJ);
+  if (MI == 1) return;
+  asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+  if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+  work(NJ);
 }
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");
@@ -164,18 +170,19 @@ template <int N, class F> FA_INLINE void unrolled(F&& f) {
   unrolled(f, typename MakeSeq<N>::type{});
 }
 
-// MI x NJ tiles: c = a b, over `steps` times DEPTH; c_row in bytes. The order of products follows
-// X's pieces: those of a, or where SWAP those of b. So x y and y x have the same bits.
+// MI x NJ tiles: c = a b, over `steps` times DEPTH, which lie a_step and b_step bytes apart; c_row
+// in bytes. The order of products follows X's pieces: those of a, or where SWAP those of b. So x y
+// and y x have the same bits.
 template <int PA, int PB, int MI, int NJ, bool SWAP = false, bool ADD = false, class Work = Nothing>
-FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
-                            index_t c_row, Work work = {}) {
+FA_INLINE void stepped_product(const Operand& a, index_t a_step, const Operand& b, index_t b_step,
+                               index_t steps, float* c, index_t c_row, Work work = {}) {
   constexpr PieceOrder order = SWAP ? piece_order<PB, PA>() : piece_order<PA, PB>();
   if constexpr (ADD)
     load_sums<MI, NJ>(c, c_row);
   else
     clear_tiles<MI, NJ>();
   const char *ap = a.data, *bp = b.data;
-  for (index_t s = 0; s < steps; s++, ap += 2 * DEPTH, bp += DEPTH / 2 * b.row)
+  for (index_t s = 0; s < steps; s++, ap += a_step, bp += b_step)
     unrolled<order.n>([&]<int T>() FA_LAMBDA {
       constexpr bool new_a = SWAP ? order.new_y(T) : order.new_x(T),
                      new_b = SWAP ? order.new_x(T) : order.new_y(T);
@@ -186,17 +193,27 @@ FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, f
     });
   store_tiles<MI, NJ>(c, c_row);
 }
+// The same of operands whose steps follow one another.
+template <int PA, int PB, int MI, int NJ, bool SWAP = false, bool ADD = false, class Work = Nothing>
+FA_INLINE void tile_product(const Operand& a, const Operand& b, index_t steps, float* c,
+                            index_t c_row, Work work = {}) {
+  stepped_product<PA, PB, MI, NJ, SWAP, ADD>(a, 2 * DEPTH, b, DEPTH / 2 * b.row, steps, c, c_row,
+                                             work);
+}
 
+// f<MI, NJ>() for as many tiles, one or two in each direction, as hold rows x columns.
+template <class F> FA_INLINE void with_tiles(index_t rows, index_t columns, F&& f) {
+  with_count<2>(rows > TILE ? 2 : 1, [&]<int MI>() FA_LAMBDA {
+    with_count<2>(columns > TILE ? 2 : 1,
+                  [&]<int NJ>() FA_LAMBDA { f.template operator()<MI, NJ>(); });
+  });
+}
 // f<MI, NJ>(i, j) for each 2 x 2 tiles of an m x n matrix, or fewer at its ends.
 template <class F> FA_INLINE void in_tile_pairs(index_t m, index_t n, F&& f) {
   for (index_t i = 0; i < m; i += 2 * TILE)
-    for (index_t j = 0; j < n; j += 2 * TILE) {
-      const bool two = m - i > TILE, wide = n - j > TILE;
-      if (two && wide) f.template operator()<2, 2>(i, j);
-      if (two && !wide) f.template operator()<2, 1>(i, j);
-      if (!two && wide) f.template operator()<1, 2>(i, j);
-      if (!two && !wide) f.template operator()<1, 1>(i, j);
-    }
+    for (index_t j = 0; j < n; j += 2 * TILE)
+      with_tiles(m - i, n - j,
+                 [&]<int MI, int NJ>() FA_LAMBDA { f.template operator()<MI, NJ>(i, j); });
 }
 // c (m x n, rounded up to whole tiles) = a b, or where ADD c += a b.
 template <int PA, int PB, bool SWAP = false, bool ADD = false, class Work = Nothing>

@@ -91,16 +91,9 @@ FA_INLINE void recompute(const BackwardBlock<T>& b, Rows<T> q, Rows<T> dout, ind
                          const T* delta, bool need_ds) {
   for (index_t key = keys.low; key < keys.high;) {
     const int nj = next_group((keys.high - key) / W<T>);
-    if (nj == 1)
-      probability_columns<E, 1, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-    if (nj == 2)
-      probability_columns<E, 2, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-    if constexpr (MAX_NJ >= 4) {
-      if (nj == 3)
-        probability_columns<E, 3, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-      if (nj == 4)
-        probability_columns<E, 4, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
-    }
+    with_count<MAX_NJ>(nj, [&]<int NJ>() FA_LAMBDA {
+      probability_columns<E, NJ, PLAIN>(b, q, dout, begin, end, key, d, d_v, lse2, delta, need_ds);
+    });
     key += nj * W<T>;
   }
 }

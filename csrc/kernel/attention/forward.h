@@ -21,21 +21,6 @@
 namespace fusedattn {
 namespace {
 
-// Lines to fetch for the next task, spread over this one's `steps` keys.
-template <class E>
-FA_INLINE Ahead ahead_of(const ForwardHead& h, const NextQueries& next, index_t steps) {
-  const index_t q_bytes = h.d * index_t(sizeof(E)), v_bytes = h.d_v * index_t(sizeof(E));
-  Ahead ahead{{stream_of(next.q, next.begin, next.end, q_bytes),
-               stream_of(next.out, next.begin, next.end, v_bytes),
-               stream_of(next.k, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, q_bytes),
-               stream_of(next.v, 0, next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0, v_bytes)},
-              0};
-  index_t lines = 0;
-  for (const Stream& s : ahead.stream) lines = max_index(lines, s.rows * ((s.line_end + 63) / 64));
-  ahead.burst = steps > 0 ? (lines + steps - 1) / steps : 0;
-  return ahead;
-}
-
 // The engine of forward_in_blocks on multiply-adds, and its scratch.
 template <class E> struct MultiplyAddForward {
   using T = Compute<E>;
@@ -52,7 +37,7 @@ template <class E> struct MultiplyAddForward {
   Rows<T> k{}, v{};
   Finite v_finite{};
   index_t key_end = 0;
-  Ahead ahead{};
+  Fetcher fetcher;
 
   FA_INLINE_MEMBER MultiplyAddForward(const ForwardHead& head, index_t q_begin, index_t queries,
                                       const NextQueries& then, Layout& scratch)
@@ -93,7 +78,8 @@ template <class E> struct MultiplyAddForward {
       x.max[i] = Bits<T>::lowest, x.sum[i] = x.total[i] = x.seen[i] = 0;
   }
   FA_INLINE_MEMBER void plan(int count, Interval any) {
-    ahead = ahead_of<E>(h, next, count * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
+    queue_next_queries<E>(fetcher, h, next);
+    start_fetching(fetcher, count * (any.high - any.low / KEY_BLOCK * KEY_BLOCK));
   }
   FA_INLINE_MEMBER void take_keys(index_t block, index_t rows) {
     key_end = block + rows;
@@ -111,15 +97,9 @@ template <class E> struct MultiplyAddForward {
     Queries<T>& x = subs[i];
     if (PAIRS<E>) k0 = k0 / 2 * 2, k1 = min_index((k1 + 1) / 2 * 2, key_end);  // whole words
     const bool cold = i == 0 && block > 0;  // the task before has fetched the first block
-    const auto run = [&](auto f) FA_LAMBDA {
-      f(h, x, k, v, cold, block, k0, k1, use_mask, p, tile, ahead, v_finite);
-    };
-    if (x.vectors == 1) run(forward_block<E, 1>);
-    if (x.vectors == 2) run(forward_block<E, 2>);
-    if constexpr (MAX_NJ >= 4) {
-      if (x.vectors == 3) run(forward_block<E, 3>);
-      if (x.vectors == 4) run(forward_block<E, 4>);
-    }
+    with_count<MAX_NJ>(x.vectors, [&]<int NQ>() FA_LAMBDA {
+      forward_block<E, NQ>(h, x, k, v, cold, block, k0, k1, use_mask, p, tile, fetcher, v_finite);
+    });
   }
   FA_INLINE_MEMBER void end(int count) {
     for (int i = 0; i < count; i++) finish<E>(h, subs[i]);

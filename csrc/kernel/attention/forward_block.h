@@ -59,7 +59,7 @@ FA_INLINE bool is_finite(Finite& f, Rows<T> v, index_t d_v) {
 template <class E, int NQ, class T = Compute<E>>
 FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, Rows<T> v, bool cold,
                                index_t block, index_t k0, index_t k1, bool use_mask, T* p, T* tile,
-                               Ahead& ahead, Finite& v_finite) {
+                               Fetcher& fetcher, Finite& v_finite) {
   const index_t lanes = NQ * W<T>;
   const Factors factors = logit_factors<T>(h.scale, h.rules);
   alignas(64) T block_max[LANES<T>], ignored[LANES<T>], rescale[LANES<T>];
@@ -106,9 +106,9 @@ FA_NOINLINE void forward_block(const ForwardHead& h, Queries<T>& x, Rows<T> k, R
 
   // 2. P = exp2(S - max), running maximum and sums
   if constexpr (PAIRS<E>)
-    exponentials_in_pairs<NQ>(k1 - k0, p, block_max, x.max, x.sum, x.total, rescale, ahead);
+    exponentials_in_pairs<NQ>(k1 - k0, p, block_max, x.max, x.sum, x.total, rescale, fetcher);
   else
-    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, ahead);
+    exponentials<T, NQ>(k1 - k0, p, block_max, x.max, x.sum, rescale, fetcher);
   if (h.rules.dropout.threshold) drop_tile<E, NQ>(h.rules.dropout, x.first, k0, k1 - k0, p);
 
   // 3. O = O * rescale + P V

@@ -19,7 +19,7 @@ namespace {
 template <int NQ>
 FA_NOINLINE void exponentials_in_pairs(index_t n, float* p, const float* block_max, float* max_io,
                                        float* sum_io, float* total_io, float* rescale,
-                                       Ahead& ahead) {
+                                       Fetcher& fetcher) {
   using T = float;
   const Vec<T> ones = ones_words();
   Vec<T> max[NQ], sum[NQ], total[NQ];
@@ -46,8 +46,7 @@ FA_NOINLINE void exponentials_in_pairs(index_t n, float* p, const float* block_m
   };
 #pragma GCC unroll 1
   for (index_t i = 0; i + 2 <= n; i += 2) {
-    fetch_ahead(ahead);
-    fetch_ahead(ahead);
+    fetch(fetcher, 2);
     step(i, false);
   }
   if (n % 2) step(n - 1, true);

@@ -3,7 +3,6 @@
 
 #include "kernel/attention/queries.h"
 #include "kernel/vector/exp.h"
-#include "kernel/vector/fetch.h"
 
 namespace fusedattn {
 namespace {
@@ -48,7 +47,7 @@ FA_NOINLINE void scores(index_t n, Rows<T> k, Rows<T> v, const T* q, index_t d, 
 // be multiplied by.
 template <class T, int NQ>
 FA_NOINLINE void exponentials(index_t n, T* p, const T* block_max, T* max_io, T* sum_io, T* rescale,
-                              Ahead& ahead) {
+                              Fetcher& fetcher) {
   Vec<T> max[NQ], sum[NQ];
   FA_UNROLL
   for (int j = 0; j < NQ; j++) {
@@ -60,7 +59,7 @@ FA_NOINLINE void exponentials(index_t n, T* p, const T* block_max, T* max_io, T*
   }
 #pragma GCC unroll 1
   for (index_t i = 0; i < n; i++) {
-    fetch_ahead(ahead);
+    fetch(fetcher);
     FA_UNROLL
     for (int j = 0; j < NQ; j++) {
       T* at = p + (i * NQ + j) * W<T>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernel/rules/intervals.h"
+#include "kernel/vector/fetch.h"
 #include "kernel/vector/tile.h"
 
 namespace fusedattn {
@@ -36,6 +37,18 @@ FA_INLINE void choose_width(Queries<T>& x, const ForwardHead& h, index_t q_end, 
     const index_t all = max_index(x.keys.all.high - x.keys.all.low, 0);
     if (x.vectors == 1 || any > RAGGED * (any - all)) return;
   }
+}
+
+// Has the fetcher fetch what the next task reads and writes first: its queries, then their keys and
+// values, then the rows of its outputs.
+template <class E>
+FA_INLINE void queue_next_queries(Fetcher& f, const ForwardHead& h, const NextQueries& next) {
+  constexpr index_t size = sizeof(E);
+  const index_t keys = next.new_keys ? min_index(h.sk, 4 * KEY_BLOCK) : 0;
+  fetch_rows(f, next.out, next.begin, next.end, h.d_v * size);
+  fetch_rows(f, next.v, 0, keys, h.d_v * size);
+  fetch_rows(f, next.k, 0, keys, h.d * size);
+  fetch_rows(f, next.q, next.begin, next.end, h.d * size);
 }
 
 }  // namespace

@@ -57,49 +57,54 @@ template <class T> FA_INLINE Activated<T> relu(Vec<T> x) {
   return {x <= zero ? zero : x, x <= zero ? zero : splat(T(1))};
 }
 
-template <class T, class F>
-FA_INLINE void activate(const Product& p, index_t i0, index_t rows, index_t j, index_t columns,
-                        F&& f) {
+// N vectors x of a row of C, the last of them `last` lanes wide, become what `then` makes of them.
+// slope: of an activation, kept for the backward pass unless it is null; or what is multiplied by.
+// All vectors go through a step before any goes on, so that their latencies overlap.
+template <class T, int N> FA_INLINE void activate(Then then, Vec<T> (&x)[N], T* slope, int last) {
+  const auto each = [&](auto&& f) FA_LAMBDA {
+    FA_UNROLL
+    for (int v = 0; v < N; v++) f(v, v * W<T>, v == N - 1 ? last : W<T>);
+  };
+  const auto activate_by = [&](auto&& f) FA_LAMBDA {
+    Activated<T> y[N];
+    each([&](int v, index_t, int) FA_LAMBDA { y[v] = f(x[v]); });
+    each([&](int v, index_t, int) FA_LAMBDA { x[v] = y[v].y; });
+    if (!slope) return;
+    each([&](int v, index_t at, int lanes)
+             FA_LAMBDA { store_lanes(slope + at, y[v].slope, lanes); });
+  };
+  switch (then) {
+    case Then::nothing:
+      break;
+    case Then::relu:
+      return activate_by([](Vec<T> v) FA_LAMBDA { return relu<T>(v); });
+    case Then::gelu:
+      return activate_by([](Vec<T> v) FA_LAMBDA { return gelu<T>(v); });
+    case Then::gelu_tanh:
+      return activate_by([](Vec<T> v) FA_LAMBDA { return gelu_tanh<T>(v); });
+    case Then::times:
+      each([&](int v, index_t at, int lanes)
+               FA_LAMBDA { x[v] = x[v] * load_lanes(slope + at, lanes); });
+  }
+}
+
+// Rows and columns of C that are in memory already.
+template <class T>
+FA_NOINLINE void activate_tile(const Product& p, index_t i0, index_t rows, index_t j,
+                               index_t columns) {
   for (index_t i = i0; i < i0 + rows; i++) {
-    T* y = row_of<T>(p.c, i) + j;
+    T* c = row_of<T>(p.c, i) + j;
     T* slope = p.slope.data ? row_of<T>(p.slope, i) + j : nullptr;
-    for_columns<T>(columns, [&](index_t c, int lanes) FA_LAMBDA {
-      const Activated<T> a = f(load_lanes(y + c, lanes));
-      store_lanes(y + c, a.y, lanes);
-      if (slope) store_lanes(slope + c, a.slope, lanes);
+    for_columns<T>(columns, [&](index_t at, int lanes) FA_LAMBDA {
+      Vec<T> x[1] = {load_lanes(c + at, lanes)};
+      activate<T>(p.then, x, slope ? slope + at : nullptr, lanes);
+      store_lanes(c + at, x[0], lanes);
     });
   }
 }
 
-// Rows and columns of c that a product has just computed.
-template <class T>
-FA_NOINLINE void finish_tile(const Product& p, index_t i0, index_t rows, index_t j,
-                             index_t columns) {
-  switch (p.then) {
-    case Then::nothing:
-      break;
-    case Then::relu:
-      activate<T>(p, i0, rows, j, columns, [](Vec<T> x) FA_LAMBDA { return relu<T>(x); });
-      break;
-    case Then::gelu:
-      activate<T>(p, i0, rows, j, columns, [](Vec<T> x) FA_LAMBDA { return gelu<T>(x); });
-      break;
-    case Then::gelu_tanh:
-      activate<T>(p, i0, rows, j, columns, [](Vec<T> x) FA_LAMBDA { return gelu_tanh<T>(x); });
-      break;
-    case Then::times:
-      for (index_t i = i0; i < i0 + rows; i++) {
-        T* y = row_of<T>(p.c, i) + j;
-        const T* slope = row_of<T>(p.slope, i) + j;
-        for_columns<T>(columns, [&](index_t c, int lanes) FA_LAMBDA {
-          store_lanes(y + c, load_lanes(y + c, lanes) * load_lanes(slope + c, lanes), lanes);
-        });
-      }
-  }
-}
-
 template <class T> FA_ENTRY void activate_rows(const Product& p, index_t begin, index_t end) {
-  finish_tile<T>(p, begin, end - begin, 0, p.n);
+  activate_tile<T>(p, begin, end - begin, 0, p.n);
 }
 
 }  // namespace

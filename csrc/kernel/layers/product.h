@@ -139,73 +139,91 @@ FA_NOINLINE void sum_rows(const Matrix& a, index_t i0, index_t rows, index_t k0,
   }
 }
 
-// What becomes of the sums of one tile, n columns wide, in columns from j.
+// What joins the sums in row i of C from column j on: the bias first, then what was there `before`.
+// That is the sum of the earlier pieces of k, or with the first piece what the product is added to.
+// null: nothing.
+template <class T> struct Joining {
+  const T *bias, *before;
+  index_t before_row;  // elements from row to row
+};
+template <class T>
+FA_INLINE Joining<T> joining(const Product& p, index_t i, index_t j, bool first) {
+  const T* bias = first && p.bias ? static_cast<const T*>(p.bias) + j : nullptr;
+  const Matrix& from = first ? p.added : p.c;
+  return {bias, from.data ? row_of<const T>(from, i) + j : nullptr, from.row / index_t(sizeof(T))};
+}
+
+// What becomes of the sums of one tile, in columns from j, the last vector `last` wide.
 template <class T, int NI, int NJ>
 FA_INLINE void write_tile(const Product& p, Vec<T> (&acc)[NI][NJ], index_t i, index_t rows,
                           index_t j, int last, bool first, bool done) {
-  const T* bias = first ? reinterpret_cast<const T*>(p.bias) : nullptr;
-  T* c = reinterpret_cast<T*>(p.c.data + i * p.c.row) + j;
+  const Joining<T> with = joining<T>(p, i, j, first);
+  T* c = row_of<T>(p.c, i) + j;
   const index_t c_row = p.c.row / index_t(sizeof(T));
-  const T* before = nullptr;
-  index_t before_row = c_row;
-  if (!first) {
-    before = c;
-  } else if (p.added.data) {
-    before = reinterpret_cast<const T*>(p.added.data + i * p.added.row) + j;
-    before_row = p.added.row / index_t(sizeof(T));
-  }
   FA_UNROLL
   for (int v = 0; v < NJ; v++) {
     const int lanes = v == NJ - 1 ? last : W<T>;
     Vec<T> b{};
-    if (bias) b = lanes == W<T> ? load(bias + j + v * W<T>) : load_n(bias + j + v * W<T>, lanes);
+    if (with.bias) b = load_lanes(with.bias + v * W<T>, lanes);
     FA_UNROLL
     for (int r = 0; r < NI; r++) {
       if (r >= rows) break;
       Vec<T> x = acc[r][v];
-      if (bias) x += b;
-      const T* y = before + r * before_row + v * W<T>;
-      if (lanes == W<T>) {
-        if (before) x += load(y);
-        store(c + r * c_row + v * W<T>, x);
-      } else {
-        if (before) x += load_n(y, lanes);
-        store_n(c + r * c_row + v * W<T>, x, lanes);
-      }
+      if (with.bias) x += b;
+      if (with.before) x += load_lanes(with.before + r * with.before_row + v * W<T>, lanes);
+      store_lanes(c + r * c_row + v * W<T>, x, lanes);
     }
   }
   if (done && p.then != Then::nothing)
-    finish_tile<T>(p, i, min_index(rows, NI), j, (NJ - 1) * W<T> + last);
+    activate_tile<T>(p, i, min_index(rows, NI), j, (NJ - 1) * W<T> + last);
 }
 
-// The lines of A and B that are packed next, fetched into L2 while tiles are computed: `burst`
-// lines of each a tile.
-struct NextBlocks {
-  Stream a, b;
-  index_t a_burst, b_burst;
+// What a task computes: rows [i0, i0 + rows) and columns [j0, j1) of C. next_rows: where the rows
+// begin that this thread is likely to compute next; p.m: nowhere.
+struct PartOfC {
+  index_t i0, rows, j0, j1, next_rows;
 };
 
-// The block of a matrix that begins at (row, col), whichever of its directions is contiguous.
+// Part `part` of `parts` of the block of m that begins at (row, col), whichever direction of m is
+// contiguous.
 template <class T>
-FA_INLINE Stream block_stream(const Matrix& m, index_t row, index_t rows, index_t col,
-                              index_t cols) {
+FA_INLINE void fetch_block(Fetcher& f, const Matrix& m, index_t row, index_t rows, index_t col,
+                           index_t cols, index_t part = 0, index_t parts = 1) {
+  const auto fetch_part = [&](const Matrix& from, index_t first, index_t n, index_t bytes) {
+    fetch_rows(f, from, first + n * part / parts, first + n * (part + 1) / parts, bytes);
+  };
   if (m.col == index_t(sizeof(T)))
-    return stream_of({m.data + col * m.col, m.row, m.col}, row, row + rows, cols * m.col);
-  return stream_of({m.data + row * m.row, m.col, m.row}, col, col + cols, rows * m.row);
+    fetch_part({m.data + col * m.col, m.row, m.col}, row, rows, cols * m.col);
+  else
+    fetch_part({m.data + row * m.row, m.col, m.row}, col, cols, rows * m.row);
 }
-FA_INLINE index_t lines_of(const Stream& s) {
-  return s.rows * ((s.line_end + 63) / 64);
+// While the panel of B that begins at (k0, j), `depth` by `width`, is multiplied, what is packed
+// next is fetched: first the next panel, then this panel's share of the next block of A.
+template <class T>
+FA_INLINE void fetch_next_blocks(Fetcher& f, const Product& p, const PartOfC& c, index_t k0,
+                                 index_t depth, index_t j, index_t width) {
+  const index_t n = min_index(depth, p.k - k0), after = min_index(depth, p.k - k0 - n);
+  const index_t part = (j - c.j0) / width, parts = (c.j1 - c.j0 + width - 1) / width;
+  clear_fetcher(f);
+  if (after > 0)
+    fetch_block<T>(f, p.a, c.i0, c.rows, k0 + n, after, part, parts);
+  else if (c.next_rows < p.m)
+    fetch_block<T>(f, p.a, c.next_rows, min_index(c.rows, p.m - c.next_rows), 0, depth, part,
+                   parts);
+  if (j + width < c.j1)
+    fetch_block<T>(f, p.b, k0, n, j + width, min_index(width, c.j1 - j - width));
+  else if (after > 0)
+    fetch_block<T>(f, p.b, k0 + n, after, c.j0, min_index(width, c.j1 - c.j0));
 }
 
 // One panel of B, all rows of A.
 template <class T, int NJ, bool A_ROW1>
 FA_NOINLINE void product_panel(const Product& p, const T* a, index_t a_ld, const T* b,
                                index_t depth, index_t i0, index_t rows, index_t j, int last,
-                               bool first, bool done, NextBlocks& next) {
+                               bool first, bool done, Fetcher& fetcher) {
   constexpr int NI = PRODUCT_ROWS;
   for (index_t i = 0; i < rows; i += NI) {
-    for (index_t f = 0; f < next.a_burst; f++) next.a.fetch();
-    for (index_t f = 0; f < next.b_burst; f++) next.b.fetch();
+    fetch(fetcher);
     for (int r = 0; r < NI && i + r < rows; r++) {
       for (int v = 0; v < NJ; v++) {
         const index_t at = (j + v * W<T>)*index_t(sizeof(T));
@@ -224,36 +242,25 @@ FA_NOINLINE void product_panel(const Product& p, const T* a, index_t a_ld, const
 }
 
 template <class T, bool A_ROW1>
-FA_INLINE void product_block(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
-                             index_t next_rows, T* a, T* b) {
+FA_INLINE void product_block(const Product& p, const PartOfC& c, T* a, T* b) {
+  const index_t i0 = c.i0, rows = c.rows;
   const index_t depth = depth_of(p.k), a_ld = round_up<T>(depth) + W<T>;
+  Fetcher fetcher;  // a step is a tile
   for (index_t k0 = 0; k0 < max_index(1, p.k); k0 += depth) {
     const index_t n = min_index(depth, p.k - k0);
     const bool first = k0 == 0, done = k0 + depth >= p.k;
     if (A_ROW1) {
       pack_columns<T>(p.a, i0, rows, k0, n, a);
-      if (p.row_sums && j0 == 0)
+      if (p.row_sums && c.j0 == 0)
         sum_rows<T>(p.a, i0, rows, k0, n, first, static_cast<T*>(p.row_sums));
     } else {
       const Matrix from{p.a.data + k0 * p.a.col, p.a.row, p.a.col};
       copy_rows<T>(from, i0, rows, n, T(1), a, a_ld);
     }
-    NextBlocks next{};
-    const index_t tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
-    const index_t panels = (j1 - j0 + PANEL<T> - 1) / PANEL<T>;
-    if (!done)
-      next.a = block_stream<T>(p.a, i0, rows, k0 + n, min_index(depth, p.k - k0 - n));
-    else if (next_rows < p.m)
-      next.a = block_stream<T>(p.a, next_rows, min_index(rows, p.m - next_rows), 0, depth);
-    next.a_burst = lines_of(next.a) / (tiles * panels) + 1;
-    for (index_t j = j0; j < j1; j += PANEL<T>) {
-      if (j + PANEL<T> < j1)
-        next.b = block_stream<T>(p.b, k0, n, j + PANEL<T>, min_index(PANEL<T>, j1 - j - PANEL<T>));
-      else if (!done)
-        next.b = block_stream<T>(p.b, k0 + n, min_index(depth, p.k - k0 - n), j0,
-                                 min_index(PANEL<T>, j1 - j0));
-      next.b_burst = lines_of(next.b) / tiles + 1;
-      const index_t columns = min_index(PANEL<T>, j1 - j);
+    for (index_t j = c.j0; j < c.j1; j += PANEL<T>) {
+      fetch_next_blocks<T>(fetcher, p, c, k0, depth, j, PANEL<T>);
+      start_fetching(fetcher, (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
+      const index_t columns = min_index(PANEL<T>, c.j1 - j);
       const int nj = int((columns + W<T> - 1) / W<T>), last = int(columns - (nj - 1) * W<T>);
       if (p.b.col == index_t(sizeof(T))) {
         const Matrix from{p.b.data + j * p.b.col, p.b.row, p.b.col};
@@ -262,30 +269,23 @@ FA_INLINE void product_block(const Product& p, index_t i0, index_t rows, index_t
         const Matrix from{p.b.data + k0 * p.b.row, p.b.col, p.b.row};
         pack_transposed<T>(from, j, columns, n, T(1), b, nj * W<T>);
       }
-      const auto panel = [&](auto panel_of) FA_LAMBDA {
-        panel_of(p, a, a_ld, b, n, i0, rows, j, last, first, done, next);
-      };
-      if (nj == 1) panel(product_panel<T, 1, A_ROW1>);
-      if (nj == 2) panel(product_panel<T, 2, A_ROW1>);
-      if constexpr (MAX_NJ >= 4) {
-        if (nj == 3) panel(product_panel<T, 3, A_ROW1>);
-        if (nj == 4) panel(product_panel<T, 4, A_ROW1>);
-      }
+      with_count<MAX_NJ>(nj, [&]<int NJ>() FA_LAMBDA {
+        product_panel<T, NJ, A_ROW1>(p, a, a_ld, b, n, i0, rows, j, last, first, done, fetcher);
+      });
     }
   }
 }
 
-// Rows [i0, i0 + rows) and columns [j0, j1) of C. next_rows: where the rows begin that this thread
-// is likely to compute next; p.m: nowhere.
 template <class T>
 FA_ENTRY void product(const Product& p, index_t i0, index_t rows, index_t j0, index_t j1,
                       index_t next_rows, void* scratch) {
   Layout layout(scratch);
   const auto [a, b] = ProductScratch<T>(p, rows, layout);
+  const PartOfC part{i0, rows, j0, j1, next_rows};
   if (p.a.row == index_t(sizeof(T)) && (p.row_sums || p.a.col != index_t(sizeof(T))))
-    product_block<T, true>(p, i0, rows, j0, j1, next_rows, a, b);
+    product_block<T, true>(p, part, a, b);
   else
-    product_block<T, false>(p, i0, rows, j0, j1, next_rows, a, b);
+    product_block<T, false>(p, part, a, b);
 }
 
 }  // namespace

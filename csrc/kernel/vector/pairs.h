@@ -160,14 +160,14 @@ FA_INLINE Vec<float> masked_words(Vec<float> x, float dense_low, float dense_hig
 
 // Is every element of these words finite?
 FA_NOINLINE bool all_finite_words(Rows<float> m, index_t rows, index_t cols) {
-  Words odd{};
+  Words not_finite{};
   for (index_t r = 0; r < rows; r++)
     for (index_t c = 0; c < cols; c += W<float>) {
       const Words w = (Words)load_n(m.data + r * m.ld + c, int(min_index(W<float>, cols - c)));
-      odd |= (Words)((w & 0x7f800000) == 0x7f800000) | (Words)((w & 0x7f80) == 0x7f80);
+      not_finite |= (Words)((w & 0x7f800000) == 0x7f800000) | (Words)((w & 0x7f80) == 0x7f80);
     }
   uint32_t any = 0;
-  for (int i = 0; i < W<float>; i++) any |= odd[i];
+  for (int i = 0; i < W<float>; i++) any |= not_finite[i];
   return any == 0;
 }
 

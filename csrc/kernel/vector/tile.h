@@ -21,21 +21,13 @@ template <int NJ> inline constexpr int tile_rows = NJ == 1 ? 8 : 6;
 
 // Calls tile.operator()<n>(first) for tiles of n rows that make up m rows: n is NI, until what is
 // left makes two tiles of nearly the same height, for a tile of one or two rows is starved.
-template <int NI, class F> FA_INLINE void low_tile(index_t rows, index_t first, F&& tile) {
-  if constexpr (NI > 0) {
-    if (rows == NI)
-      tile.template operator()<NI>(first);
-    else
-      low_tile<NI - 1>(rows, first, tile);
-  }
-}
 template <int NI, class F> FA_INLINE void in_tiles(index_t m, F&& tile) {
   index_t i = 0;
   for (; m - i == NI || m - i >= 2 * NI - 1; i += NI) tile.template operator()<NI>(i);
 #pragma GCC unroll 1
   while (i < m) {
     const index_t left = m - i, rows = left > NI ? (left + 1) / 2 : left;
-    low_tile<NI - 1>(rows, i, tile);
+    with_count<NI - 1>(rows, [&]<int LOW>() FA_LAMBDA { tile.template operator()<LOW>(i); });
     i += rows;
   }
 }
@@ -118,12 +110,9 @@ FA_INLINE void accumulate(index_t m, index_t n, index_t k, const T* a, index_t a
     const int last = int(n - (j + nj - 1) * W<T> < W<T> ? n - (j + nj - 1) * W<T> : W<T>);
     const T* bj = b + j * W<T>;
     T* cj = c + j * W<T>;
-    if (nj == 1) accumulate_columns<E, 1, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-    if (nj == 2) accumulate_columns<E, 2, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-    if constexpr (MAX_NJ >= 4) {
-      if (nj == 3) accumulate_columns<E, 3, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-      if (nj == 4) accumulate_columns<E, 4, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
-    }
+    with_count<MAX_NJ>(nj, [&]<int NJ>() FA_LAMBDA {
+      accumulate_columns<E, NJ, A_ROW1>(m, k, a, a_ld, bj, b_row, cj, c_row, last);
+    });
     j += nj;
   }
 }

@@ -213,6 +213,16 @@ template <int... I> struct MakeSeq<0, I...> {
   using type = Seq<I...>;
 };
 
+// Calls f<n>() for an n of 1 to N that only the run tells; for any other n nothing.
+template <int N, class F> FA_INLINE void with_count(index_t n, F&& f) {
+  if constexpr (N > 0) {
+    if (n == N)
+      f.template operator()<N>();
+    else
+      with_count<N - 1>(n, f);
+  }
+}
+
 // Lanes whose bit S is clear from a's, set from b's: one half of a butterfly.
 template <int S, class V, int... I> FA_INLINE V butterfly_low(V a, V b, Seq<I...>) {
   constexpr int n = sizeof...(I);
