@@ -108,9 +108,9 @@ AttentionInputs draw(const AttentionCase& c, std::uint64_t seed) {
     in.slopes.push_back(std::ldexp(1.0, int(-2 - h % c.heads)));
   for (index_t h = 0; h < c.heads && c.sinks; h++) in.sinks.push_back(0.5 * double(h) - 0.25);
   const auto segments = [&](index_t n) {
-    std::vector<index_t> of;
+    std::vector<index_t> of(static_cast<std::size_t>(n));
     for (index_t i = 0; i < n; i++)
-      of.push_back(c.segments == c.in_runs ? i * 4 / n : random.below(3));
+      of[std::size_t(i)] = c.segments == c.in_runs ? i * 4 / n : random.below(3);
     return of;
   };
   in.q_segments = segments(c.sq);

@@ -16,10 +16,10 @@ struct GatherInputs {
 GatherInputs gather_inputs(index_t rows, index_t width, int tables) {
   Draw random(std::uint64_t(rows * 1000 + width));
   GatherInputs in;
-  for (int t = 0; t < tables; t++) {
+  in.ids.assign(std::size_t(tables), std::vector<index_t>(std::size_t(rows)));
+  for (auto& ids : in.ids) {
     in.tables.push_back(random.numbers(VOCABULARY * width));
-    in.ids.emplace_back();
-    for (index_t r = 0; r < rows; r++) in.ids.back().push_back(random.below(VOCABULARY));
+    for (index_t& id : ids) id = random.below(VOCABULARY);
   }
   return in;
 }
@@ -27,6 +27,7 @@ GatherInputs gather_inputs(index_t rows, index_t width, int tables) {
 template <class T> Results gather(const Run& run, index_t rows, index_t width, int tables) {
   const GatherInputs in = gather_inputs(rows, width, tables);
   std::vector<Array<T>> data;
+  data.reserve(in.tables.size());
   for (const Numbers& table : in.tables) data.emplace_back(VOCABULARY, width, table);
   Array<T> y(rows, width);
   Gather g{};
