@@ -106,6 +106,25 @@ def test_imports_point_downwards(path):
             assert target in allowed, f"{dotted(path) or 'fusedattn'} imports {name}"
 
 
+def names_from_package(path):
+    """What a file of tests imports of fusedattn, as dotted names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusedattn"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names = (alias.name for alias in node.names)
+            yield from (name for name in names if name.startswith("fusedattn"))
+
+
+def test_the_yardstick_stands_beside_the_oracle():
+    """What tolerances come from shares no formula with the oracle; neither goes inside it."""
+    yardstick = set(names_from_package(ROOT / "tests" / "yardstick.py"))
+    assert yardstick == {"fusedattn.reference.dropout_mask"}
+    for name in names_from_package(ROOT / "tests" / "accuracy.py"):
+        assert not any(part.startswith("_") for part in name.split(".")), name
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")
 def test_only_numpy_is_imported_at_module_level(path):
     """Other packages are imported by the function that uses them.

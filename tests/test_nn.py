@@ -1,8 +1,8 @@
-"""Every layer of fusedattn.nn, found by itself: gradients against finite differences, contract."""
+"""Every layer of fusedattn.nn, as `tests.layer_cases` lists them: gradients, contracts."""
 
 import copy
-import importlib
-import itertools
+import dataclasses
+import inspect
 import math
 import pkgutil
 
@@ -11,33 +11,19 @@ import pytest
 
 from fusedattn import nn
 from fusedattn.nn import flatten, unflatten
+from tests.layer_cases import CASES, LARGE, TABLE
 
-LAYERS = [m.name for m in pkgutil.iter_modules(nn.__path__) if not m.name.startswith("_")]
-
-
-def load(name):
-    module = importlib.import_module(f"fusedattn.nn.{name}")
-    return getattr(module, name), module.example
+FILES = {m.name for m in pkgutil.iter_modules(nn.__path__) if not m.name.startswith("_")}
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_layer = pytest.mark.parametrize("layer", TABLE)
 
 
-def cast(params, dtype):
-    return unflatten({name: p.astype(dtype) for name, p in flatten(params).items()})
+def wide(params):
+    return unflatten({name: p.astype(np.float64) for name, p in flatten(params).items()})
 
 
-def example_call(name, seed, dtype):
-    """A function of (params, *inputs) with the same random numbers for every call, and its start.
-
-    The inputs are the leading arguments of type float, or the first one if that is of integers.
-    """
-    layer, example = load(name)
-    params, args, options = example(np.random.default_rng(seed))
-    count = max(1, sum(a.dtype.kind == "f" for a in args))
-    inputs = [a.astype(dtype) if a.dtype.kind == "f" else a for a in args[:count]]
-
-    def call(params, *inputs):
-        return layer(params, *inputs, *args[count:], **copy.deepcopy(options))
-
-    return call, cast(params, dtype), inputs
+def cases_of(layer):
+    return [case for case in CASES if case.layer == layer and case.batch == "packed"]
 
 
 def numerical_gradient(f, array, step=1e-5):
@@ -54,71 +40,132 @@ def numerical_gradient(f, array, step=1e-5):
     return gradient
 
 
-def test_layers_are_found():
-    assert {"linear", "self_attention", "encoder_block"} <= set(LAYERS)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", LAYERS)
-def test_gradients_match_finite_differences(name, seed):
-    call, params, inputs = example_call(name, seed, np.float64)
-    y, vjp = call(params, *inputs)
-    dy = np.random.default_rng(7).standard_normal(y.shape)
+def results(case, call, dy=None, **options):
+    """y and every gradient, under their names."""
+    y, vjp = case.run(call, **options)
+    if dy is None:
+        dy = np.random.default_rng(7).standard_normal(y.shape).astype(y.dtype)
     dparams, *dinputs = vjp(dy)
+    assert set(flatten(dparams)) == set(flatten(call.params))
+    inputs = {f"input {i}": dx for i, dx in enumerate(dinputs)}
+    return {"y": y, **flatten(dparams), **inputs}
+
+
+def test_every_layer_has_rows():
+    public = {name for name in nn.__all__ if inspect.isfunction(getattr(nn, name))}
+    layers = {name for name in public if not name.startswith("init_")}
+    assert layers - {"flatten", "leaves", "unflatten"} == FILES
+    assert set(TABLE) == FILES
+    assert {f.__name__ for f in [*nn.ACTIVATIONS.values(), *nn.POOLINGS.values()]} <= FILES
+
+
+@every_layer
+def test_every_option_of_a_layer_takes_two_values(layer):
+    """`rng` comes with `p`, `added` has a test of its own."""
+    taken = {}
+    for case in cases_of(layer):
+        given = case.options | case.call().named
+        for name, parameter in inspect.signature(getattr(nn, layer)).parameters.items():
+            if parameter.default is not parameter.empty or name in ("p", "num_heads"):
+                taken.setdefault(name, set()).add(str(given.get(name, parameter.default)))
+    few = {name for name, values in taken.items() if len(values) < 2}
+    assert few <= {"rng", "added"}
+
+
+@every_case
+def test_gradients_match_finite_differences(case):
+    call = case.call()
+    y, _ = case.run(call)
+    dy = np.random.default_rng(7).standard_normal(y.shape)
+    found = results(case, call, dy)
 
     def objective():
-        return float(np.vdot(call(params, *inputs)[0], dy))
+        return float(np.vdot(case.run(call)[0], dy))
 
-    assert set(flatten(dparams)) == set(flatten(params))
-    for key, p in flatten(params).items():
-        numerical = numerical_gradient(objective, p)
-        np.testing.assert_allclose(
-            flatten(dparams)[key], numerical, rtol=1e-6, atol=1e-8, err_msg=key
+    arrays = flatten(call.params) | {f"input {i}": x for i, x in enumerate(call.inputs)}
+    for name, array in arrays.items():
+        # Of ids the gradient is an empty array.
+        numerical = numerical_gradient(objective, array) if array.dtype.kind == "f" else np.empty(0)
+        np.testing.assert_allclose(found[name], numerical, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@every_case
+def test_float32_is_close_to_float64_and_each_keeps_its_dtype(case):
+    narrow = results(case, case.call(dtype=np.float32))
+    for name, array in results(case, case.call()).items():
+        assert (narrow[name].dtype, array.dtype) == (np.float32, np.float64)
+        scale = np.abs(array).max(initial=1.0)
+        np.testing.assert_allclose(narrow[name] / scale, array / scale, rtol=0, atol=1e-5)
+
+
+@every_layer
+def test_nothing_given_is_changed_and_vjp_can_be_called_again(layer):
+    for case in cases_of(layer):
+        call = case.call(dtype=np.float32)
+        before = copy.deepcopy(call)
+        y, vjp = case.run(call)
+        y_before = y.copy()
+        dy = np.random.default_rng(7).standard_normal(y.shape).astype(np.float32)
+        dy_before = dy.copy()
+        first, second = vjp(dy), vjp(dy)
+        np.testing.assert_array_equal(y, y_before)
+        np.testing.assert_array_equal(dy, dy_before)
+        np.testing.assert_equal(dataclasses.asdict(call), dataclasses.asdict(before))
+        np.testing.assert_equal(first, second)
+
+
+def taking(argument):
+    """The layers that do."""
+    return [name for name in TABLE if argument in inspect.signature(getattr(nn, name)).parameters]
+
+
+@pytest.mark.parametrize("layer", taking("added"))
+def test_a_residual_is_the_same_as_adding_afterwards(layer):
+    for case in cases_of(layer):
+        call = case.call()
+        y, vjp = case.run(call)
+        rng = np.random.default_rng(7)
+        added, dy, dx_added = (
+            rng.standard_normal(s) for s in (y.shape, y.shape, call.inputs[0].shape)
         )
-    for x, dx in zip(inputs, dinputs, strict=True):
-        numerical = numerical_gradient(objective, x) if x.dtype.kind == "f" else np.empty(0)
-        np.testing.assert_allclose(dx, numerical, rtol=1e-6, atol=1e-8)
+        joined, joined_vjp = case.run(call, added=added)
+        np.testing.assert_allclose(joined, y + added, rtol=1e-13, atol=1e-13)
+        np.testing.assert_equal(joined_vjp(dy), vjp(dy))
+        if layer != "dropout":  # the others' vjp adds what went around the layer, too
+            dparams, dx = vjp(dy)
+            own, sum_of_both = vjp(dy, dx_added)
+            np.testing.assert_equal(own, dparams)
+            np.testing.assert_allclose(sum_of_both, dx + dx_added, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", LAYERS)
-def test_dtype_of_the_input_is_kept(name, dtype):
-    call, params, inputs = example_call(name, 0, dtype)
-    y, vjp = call(params, *inputs)
-    dparams, *dinputs = vjp(np.ones_like(y))
-    assert y.dtype == dtype
-    assert {dx.dtype for dx in dinputs} == {np.dtype(dtype)}
-    assert {g.dtype for g in flatten(dparams).values()} <= {np.dtype(dtype)}
+@pytest.mark.parametrize("layer", taking("rng"))
+def test_nothing_is_dropped_without_a_generator(layer):
+    for case in cases_of(layer):
+        off = {name: 0.0 for name in ("p", "attention_p") if name in case.options}
+        call = case.call(dtype=np.float32)
+        without = results(case, call, drop=False)
+        np.testing.assert_equal(without, results(case, call, **off))
+        assert case.drops != np.array_equal(without["y"], results(case, call)["y"])
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_nothing_given_is_changed_and_vjp_can_be_called_again(name):
-    call, params, inputs = example_call(name, 0, np.float32)
-    before = copy.deepcopy((params, inputs))
-    y, vjp = call(params, *inputs)
-    y_before = y.copy()
-    dy = np.random.default_rng(7).standard_normal(y.shape).astype(np.float32)
-    dy_before = dy.copy()
-    first, second = vjp(dy), vjp(dy)
-    np.testing.assert_array_equal(y, y_before)
-    np.testing.assert_array_equal(dy, dy_before)
-    np.testing.assert_equal((params, inputs), before)
-    np.testing.assert_equal(first, second)
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_both_kinds_of_block(norm_first):
-    rng = np.random.default_rng(3)
-    params = cast(nn.init_encoder_block(rng, 4, 6, std=0.5), np.float64)
-    x, cu_seqlens = rng.standard_normal((5, 4)), np.array([0, 2, 5])
-
-    def call():
-        return nn.encoder_block(params, x, cu_seqlens, 2, norm_first=norm_first, eps=1e-5)
-
-    y, vjp = call()
-    dy = rng.standard_normal(y.shape)
-    dx = numerical_gradient(lambda: float(np.vdot(call()[0], dy)), x)
-    np.testing.assert_allclose(vjp(dy)[1], dx, rtol=1e-6, atol=1e-8)
+@every_layer
+def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(layer):
+    """Of layers that know no sequences: so have some rows among others."""
+    for case in cases_of(layer):
+        call = case.call(LARGE, width=48, dtype=np.float32)
+        if "rows" in call.named:
+            continue  # a choice among the rows of a batch; test_masked_lm_head_of_chosen_rows...
+        y, vjp = case.run(call, drop=False)
+        dy = np.random.default_rng(7).standard_normal(y.shape).astype(np.float32)
+        gradients = vjp(dy)[1:]
+        cut = call.cuts[0]
+        for n in range(len(LARGE)):
+            rows = slice(cut[n], cut[n + 1]) if len(y) == cut[-1] else slice(n, n + 1)
+            own_y, own_vjp = case.run(call.of_sequence(n), drop=False)
+            np.testing.assert_array_equal(own_y, y[rows])
+            for dx, whole, c in zip(own_vjp(dy[rows])[1:], gradients, call.cuts, strict=True):
+                if c is not None and whole.size:
+                    np.testing.assert_array_equal(dx, whole[c[n] : c[n + 1]])
 
 
 def test_post_norm_output_is_normalised_and_pre_norm_keeps_the_residual():
@@ -174,25 +221,11 @@ def test_self_attention_stays_inside_its_sequence():
     assert np.abs(y[3:] - changed[3:]).min() > 0
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(norm_first):
-    rng = np.random.default_rng(0)
-    params = nn.init_encoder_block(rng, 48, 80, std=0.3)
-    lengths = [5, 130, 1, 300, 17]
-    cu_seqlens = np.cumsum([0, *lengths])
-    x = rng.standard_normal((cu_seqlens[-1], 48), dtype=np.float32)
-    together, _ = nn.encoder_block(params, x, cu_seqlens, 4, norm_first=norm_first)
-    for begin, end in itertools.pairwise(cu_seqlens):
-        own = np.array([0, end - begin])
-        alone, _ = nn.encoder_block(params, x[begin:end], own, 4, norm_first=norm_first)
-        np.testing.assert_array_equal(alone, together[begin:end])
-
-
 def test_self_attention_against_the_oracle():
     from fusedattn import reference
 
     rng = np.random.default_rng(0)
-    params = cast(nn.init_self_attention(rng, 6, std=0.5), np.float64)
+    params = wide(nn.init_self_attention(rng, 6, std=0.5))
     x = rng.standard_normal((5, 6))
     qkv = x @ params["qkv"]["weight"].T + params["qkv"]["bias"]
     q, k, v = (a.reshape(5, 3, 2).transpose(1, 0, 2) for a in np.split(qkv, 3, axis=1))
@@ -219,7 +252,7 @@ def test_poolings():
 
 def test_cross_attention_of_a_batch_with_itself_is_self_attention():
     rng = np.random.default_rng(0)
-    params = cast(nn.init_self_attention(rng, 6, std=0.5), np.float64)
+    params = wide(nn.init_self_attention(rng, 6, std=0.5))
     halves = {name: np.split(a, [6]) for name, a in params["qkv"].items()}
     q, kv = ({name: parts[i] for name, parts in halves.items()} for i in (0, 1))
     x, cu_seqlens = rng.standard_normal((7, 6)), np.array([0, 3, 7])
