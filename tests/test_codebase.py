@@ -1,6 +1,7 @@
 """The code base holds itself to account: imports, versions, stub, docstrings, symbols."""
 
 import ast
+import inspect
 import json
 import os
 import platform
@@ -12,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import fusedattn
 from fusedattn import _core
+from fusedattn._rules import RuleKeywords, Rules
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "fusedattn"
@@ -29,11 +32,12 @@ BELOW_NN = {"", "_attention", "_core", "_varlen"}
 MAY_IMPORT = {
     "_core": set(),
     "reference": set(),
-    "_attention": {"_core"},
-    "_varlen": {"_core", "_attention"},
+    "_rules": set(),
+    "_attention": {"_core", "_rules"},
+    "_varlen": {"_core", "_attention", "_rules"},
     "_runtime": {"_core"},
-    "_faces": {"_attention", "_kvcache", "_varlen"},
-    "_kvcache": {"_attention", "_core", ""},
+    "_faces": {"_core", "_kvcache", "_rules"},
+    "_kvcache": {"_core", "_rules", ""},
     "_states": set(),
     "_whole": set(),
     "": {
@@ -187,20 +191,47 @@ def test_versions_agree():
 
 
 def test_stub_agrees_with_the_extension():
-    """Every public name is in both, every function has the arguments that its signature shows."""
+    """Every public name is in both; every function has the arguments that its signature shows."""
     stub = ast.parse((PACKAGE / "_core.pyi").read_text(encoding="utf-8"))
     functions = {n.name: n for n in stub.body if isinstance(n, ast.FunctionDef)}
-    classes = {n.name for n in stub.body if isinstance(n, ast.ClassDef)}
-    values = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
-    public = {n for n in vars(_core) if not n.startswith("_")} | {"__version__"}
-    assert functions.keys() | classes | values == public
+    public = {n for n in vars(_core) if not n.startswith("_")}
+    assert functions.keys() == public
     for name, node in functions.items():
         signature = getattr(_core, name).__doc__.splitlines()[0]
         shown = ast.parse(f"def {signature}: ...").body[0].args
-        assert len(shown.posonlyargs + shown.args) == len(node.args.posonlyargs + node.args.args), (
-            signature
-        )
-        assert len(shown.kwonlyargs) == len(node.args.kwonlyargs), signature
+        assert [a.arg for a in shown.args] == [a.arg for a in node.args.args], signature
+        assert [ast.unparse(d) for d in shown.defaults] == [
+            ast.unparse(d) for d in node.args.defaults
+        ], signature
+
+
+def test_functions_of_the_core_say_what_they_do():
+    for name in (n for n in vars(_core) if not n.startswith("_")):
+        signature, _, text = getattr(_core, name).__doc__.partition("\n")
+        assert "arg0" not in signature, signature
+        assert text.strip(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention_backward", "attention_varlen", "attention_varlen_backward"]
+)
+def test_signatures_show_every_rule(name):
+    function = getattr(fusedattn, name)
+    shown = inspect.signature(function).parameters
+    for rule, default in Rules._field_defaults.items():
+        assert (shown[rule].kind, shown[rule].default) == (shown[rule].KEYWORD_ONLY, default)
+    assert all(p.kind is not p.VAR_KEYWORD for p in shown.values())
+    with pytest.raises(TypeError, match=r"^causal: expected .* a rule \(mask, bias, .*got neither"):
+        function(*[None] * sum(p.default is p.empty for p in shown.values()), causal=True)
+
+
+def test_rules_are_named_and_explained_once():
+    assert get_type_hints(Rules) == get_type_hints(RuleKeywords)
+    assert Rules._field_defaults.keys() == set(Rules._fields)
+    text = inspect.getdoc(Rules)
+    for rule in Rules._fields:
+        paragraph = re.search(rf"^{rule} : .*\n(    .*\n?)+", text, re.MULTILINE)
+        assert paragraph[0].rstrip() in inspect.getdoc(fusedattn.attention), rule
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: dotted(p) or "__init__")

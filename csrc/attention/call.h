@@ -5,6 +5,7 @@
 // released; the memory that a Call points to belongs to the caller.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "attention/segments.h"
@@ -29,27 +30,50 @@ struct Tensor {
 struct Call {
   DType dtype = DType::float32;
   index_t batch = 0, heads = 0, kv_heads = 0, d = 0, d_v = 0;
-  std::vector<index_t> sq, sk, q_offset, q_length, kv_length;
+  std::vector<index_t> sq, sk;
   Tensor q, k, v, out;
-  Tensor mask, bias;
-  Tensor dout, dq, dk, dv,
-      dbias;  // backward; data null: gradient not needed; dbias in the compute type, zeroed
   char* lse = nullptr;  // element (b, h, i) at lse_batch[b] + h * lse_head + i, in elements
   std::vector<index_t> lse_batch;
   index_t lse_head = 0;
+  Pages pages{nullptr, 0, 0, 0};  // forward; table (batch, columns) if k and v are pages
+  index_t page_columns = 0;
+  int threads = 1;
+
+  // The rules; those that differ from sample to sample have an entry for each.
+  std::vector<index_t> q_offset, q_length, kv_length;
+  Tensor mask, bias;
   double scale = 1.0, softcap = 0.0;
   index_t left = UNBOUNDED, right = UNBOUNDED;  // the window; causal: right = 0
   std::vector<SegmentTable> segments;           // one a sample, or none
   std::vector<double> alibi_slopes;             // (batch, heads), or none
   std::vector<double> sinks;                    // (heads), or none
   Dropout dropout{0, 0, 0, 0, 1.0};
-  Pages pages{nullptr, 0, 0, 0};  // forward; table (batch, columns) if k and v are pages
-  index_t page_columns = 0;
-  Tensor dlse;                 // backward; (sq) of each head, `row` apart, compute type
-  std::vector<double> dsinks;  // backward; (heads) if needed
-  int threads = 1;
 
-  Rules rules(index_t b, index_t h) const;
+  // Backward. Gradients without data are not needed; dbias is in the compute type and zeroed.
+  Tensor dout, dq, dk, dv, dbias;
+  Tensor dlse;                 // (sq) of each head, `row` apart, compute type; or none
+  std::vector<double> dsinks;  // (heads) if needed
+
+  // The rules of one head.
+  Rules rules(index_t b, index_t h) const {
+    const std::size_t i = std::size_t(b), head = std::size_t(h);
+    Rules r{};
+    r.q_offset = q_offset[i];
+    r.left = left;
+    r.right = right;
+    r.q_length = q_length[i];
+    r.kv_length = kv_length[i];
+    if (!segments.empty()) r.segments = segments[i].view();
+    r.mask = mask.at(b, h);
+    r.bias = bias.at(b, h);
+    r.softcap = softcap;
+    r.alibi_slope = alibi_slopes.empty() ? 0.0 : alibi_slopes[i * std::size_t(heads) + head];
+    r.sink = sinks.empty() ? -std::numeric_limits<double>::infinity() : sinks[head];
+    r.dropout = dropout;
+    r.dropout.batch = std::uint32_t(b);
+    r.dropout.head = std::uint32_t(h);
+    return r;
+  }
 };
 
 // Both return false if interrupted. Throw std::bad_alloc.

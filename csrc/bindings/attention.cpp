@@ -130,16 +130,17 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   if (need.k) dk = gradient("dk", r.k, r.k_axes, c.dk, c.k, 1);
   if (need.v) dv = gradient("dv", r.v, r.k_axes, c.dv, c.v, 2);
   if (need.bias) {
-    if (rules.bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
-    const py::array b = array_of("bias", rules.bias);
+    const py::object bias = rules.get<"bias">();
+    if (bias.is_none()) wrong_value("need", "'bias' only where a bias is given", "bias=None");
+    const py::array b = array_of("bias", bias);
     py::array g = allocate("dbias", r.lse_dtype, shape_of(b));  // summed in the compute type
     std::memset(g.mutable_data(), 0, std::size_t(g.nbytes()));
     c.dbias = broadcast_tensor("bias", g, r.scores);
     dbias = g;
   }
+  const py::object sinks = rules.get<"sinks">();
   if (need.sinks) {
-    if (rules.sinks.is_none())
-      wrong_value("need", "'sinks' only where sinks are given", "sinks=None");
+    if (sinks.is_none()) wrong_value("need", "'sinks' only where sinks are given", "sinks=None");
     c.dsinks.assign(std::size_t(c.heads), 0.0);
   }
   kernel_table();
@@ -147,7 +148,7 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   if (need.bias && !r.dtype.equal(r.lse_dtype)) dbias = dbias.attr("astype")(r.dtype);
   if (need.sinks)
     dsinks = py::array_t<double>(py::ssize_t(c.heads), c.dsinks.data())
-                 .attr("astype")(array_of("sinks", rules.sinks).dtype());
+                 .attr("astype")(array_of("sinks", sinks).dtype());
   return py::make_tuple(dq, dk, dv, dbias, dsinks);
 }
 
@@ -155,35 +156,61 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
 
 void bind_attention(py::module_& m) {
   using H = py::handle;
-  m.def("attention",
-        [](H q, H k, H v, const py::tuple& rules, H layout, H out, H num_threads, bool return_lse) {
-          Request r = rectangular(q, k, v, RuleArguments(rules), layout, num_threads);
-          return forward(r, out, return_lse);
-        });
-  m.def("attention_paged", [](H q, H k, H v, H block_table, const py::tuple& rules, H layout, H out,
-                              H num_threads, bool return_lse) {
-    Request r = paged(q, k, v, block_table, RuleArguments(rules), layout, num_threads);
-    return forward(r, out, return_lse);
-  });
-  m.def("attention_backward",
-        [](H dout, H q, H k, H v, H out, H lse, H dlse, const py::tuple& rules, H layout,
-           H num_threads, const py::tuple& need) {
-          const RuleArguments arguments(rules);
-          Request r = rectangular(q, k, v, arguments, layout, num_threads);
-          return backward(r, dout, out, lse, dlse, Needs(need), arguments, py::none());
-        });
-  m.def("attention_varlen", [](H q, H k, H v, H cu_q, H cu_k, const py::tuple& rules, H out,
-                               H num_threads, bool return_lse) {
-    Request r = packed(q, k, v, cu_q, cu_k, RuleArguments(rules), num_threads);
-    return forward(r, out, return_lse);
-  });
-  m.def("attention_varlen_backward",
-        [](H dout, H q, H k, H v, H out, H lse, H dlse, H cu_q, H cu_k, const py::tuple& rules,
-           H num_threads, const py::tuple& need, H into) {
-          const RuleArguments arguments(rules);
-          Request r = packed(q, k, v, cu_q, cu_k, arguments, num_threads);
-          return backward(r, dout, out, lse, dlse, Needs(need), arguments, into);
-        });
+  using py::literals::operator""_a;
+  const py::none none;
+  m.def(
+      "attention",
+      [](H q, H k, H v, H rules, H layout, H out, H num_threads, bool return_lse) {
+        Request r = rectangular(q, k, v, RuleArguments(rules), layout, num_threads);
+        return forward(r, out, return_lse);
+      },
+      "Attention of (..., H, S, D) or (..., S, H, D) arrays: out, or (out, lse).", "q"_a, "k"_a,
+      "v"_a, "rules"_a, "layout"_a = "bhsd", "out"_a = none, "num_threads"_a = none,
+      "return_lse"_a = false);
+  m.def(
+      "attention_paged",
+      [](H q, H k, H v, H block_table, H rules, H layout, H out, H num_threads, bool return_lse) {
+        Request r = paged(q, k, v, block_table, RuleArguments(rules), layout, num_threads);
+        return forward(r, out, return_lse);
+      },
+      "The same, keys and values in pages: row t of sample b is row t % page_size of page\n"
+      "block_table[b, t // page_size] of k and v.",
+      "q"_a, "k"_a, "v"_a, "block_table"_a, "rules"_a, "layout"_a = "bhsd", "out"_a = none,
+      "num_threads"_a = none, "return_lse"_a = false);
+  m.def(
+      "attention_backward",
+      [](H dout, H q, H k, H v, H out, H lse, H dlse, H rules, H layout, H num_threads,
+         const py::tuple& need) {
+        const RuleArguments arguments(rules);
+        Request r = rectangular(q, k, v, arguments, layout, num_threads);
+        return backward(r, dout, out, lse, dlse, Needs(need), arguments, py::none());
+      },
+      "(dq, dk, dv, dbias, dsinks), None where need, one truth for each, does not ask for it.",
+      "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dlse"_a, "rules"_a, "layout"_a,
+      "num_threads"_a, "need"_a);
+  m.def(
+      "attention_varlen",
+      [](H q, H k, H v, H cu_seqlens_q, H cu_seqlens_k, H rules, H out, H num_threads,
+         bool return_lse) {
+        Request r = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, RuleArguments(rules), num_threads);
+        return forward(r, out, return_lse);
+      },
+      "Attention of packed (T, H, D) arrays, sequence n being rows cu_seqlens[n] to\n"
+      "cu_seqlens[n + 1]: out, or (out, lse).",
+      "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "rules"_a, "out"_a = none,
+      "num_threads"_a = none, "return_lse"_a = false);
+  m.def(
+      "attention_varlen_backward",
+      [](H dout, H q, H k, H v, H out, H lse, H dlse, H cu_seqlens_q, H cu_seqlens_k, H rules,
+         H num_threads, const py::tuple& need, H into) {
+        const RuleArguments arguments(rules);
+        Request r = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, arguments, num_threads);
+        return backward(r, dout, out, lse, dlse, Needs(need), arguments, into);
+      },
+      "As attention_backward, of packed arrays; dq, dk and dv are written to into unless it is\n"
+      "None.",
+      "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dlse"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
+      "rules"_a, "num_threads"_a, "need"_a, "into"_a);
 }
 
 }  // namespace fusedattn

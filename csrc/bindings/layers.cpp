@@ -250,16 +250,34 @@ void drop_rows(H x, H added, H y, std::uint64_t seed, std::uint32_t threshold, d
 }  // namespace
 
 void bind_layers(py::module_& m) {
-  m.def("product", &product);
-  m.def("activate", &activate);
-  m.def("layer_norm", &layer_norm);
-  m.def("layer_norm_backward", &layer_norm_backward);
-  m.def("adamw", &adamw);
-  m.def("log_sum_exp", &log_sum_exp);
-  m.def("softmax_gradient", &softmax_gradient);
-  m.def("gather_sum", &gather_sum);
-  m.def("scatter_sum", &scatter_sum);
-  m.def("drop_rows", &drop_rows);
+  using py::literals::operator""_a;
+  m.def("product", &product,
+        "c = then(added + bias + a b) with then 'nothing', 'relu', 'gelu' or 'gelu_tanh', whose "
+        "slope\n"
+        "goes to slope; or 'times' slope. The sums of a's rows go to row_sums.",
+        "a"_a, "b"_a, "c"_a, "bias"_a, "added"_a, "slope"_a, "row_sums"_a, "then"_a);
+  m.def("activate", &activate, "y = then(y) in place; its slope goes to slope.", "y"_a, "slope"_a,
+        "then"_a);
+  m.def("layer_norm", &layer_norm, "y = (x - mean) * rstd * weight + bias for each row.", "x"_a,
+        "y"_a, "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "eps"_a);
+  m.def("layer_norm_backward", &layer_norm_backward, "Its gradients: dx, dweight, dbias.", "x"_a,
+        "dy"_a, "dx"_a, "weight"_a, "mean"_a, "rstd"_a, "dweight"_a, "dbias"_a);
+  m.def("adamw", &adamw,
+        "One step in place. m += (1 - b1)(g - m) and v += (1 - b2)(g^2 - v), g being scaled;\n"
+        "p = p * shrink - rate * m / (sqrt(v) * root + eps).",
+        "p"_a, "g"_a, "m"_a, "v"_a, "scale"_a, "b1"_a, "b2"_a, "rate"_a, "root"_a, "shrink"_a,
+        "eps"_a);
+  m.def("log_sum_exp", &log_sum_exp, "lse = log(sum(exp(x))) for each row.", "x"_a, "lse"_a);
+  m.def("softmax_gradient", &softmax_gradient, "dx = exp(x - lse) * share for each row.", "x"_a,
+        "lse"_a, "share"_a, "dx"_a);
+  m.def("gather_sum", &gather_sum, "y[t] = the sum of tables[i][ids[i][t]].", "tables"_a, "ids"_a,
+        "y"_a);
+  m.def("scatter_sum", &scatter_sum,
+        "y[rows[s]] = the sum of x[order[i]], i from first[s] to first[s + 1].", "x"_a, "order"_a,
+        "first"_a, "rows"_a, "y"_a);
+  m.def("drop_rows", &drop_rows,
+        "y = added + x * scale, x where its random word is below threshold, else 0.", "x"_a,
+        "added"_a, "y"_a, "seed"_a, "threshold"_a, "scale"_a);
 }
 
 }  // namespace fusedattn

@@ -78,7 +78,7 @@ void take_qkv(Request& r, py::handle q, py::handle k, py::handle v, bool bshd, b
 }
 
 // How many rows of each sample count: `most` where nothing else is said.
-std::vector<index_t> lengths_of(const char* name, const py::object& object, const Request& r,
+std::vector<index_t> lengths_of(const char* name, py::handle object, const Request& r,
                                 const std::vector<index_t>& most) {
   if (object.is_none()) return most;
   std::vector<index_t> lengths = integers_of(name, object, r.lead, r.call.batch);
@@ -90,72 +90,78 @@ std::vector<index_t> lengths_of(const char* name, const py::object& object, cons
 }
 
 void take_dropout(Call& c, const RuleArguments& rules) {
-  const double p = finite_number("dropout_p", rules.dropout_p);
-  if (p < 0 || p > 1)
-    wrong_value("dropout_p", "a probability from 0 to 1", text_of(rules.dropout_p));
+  const py::object given = rules.get<"dropout_p">();
+  const double p = finite_number("dropout_p", given);
+  if (p < 0 || p > 1) wrong_value("dropout_p", "a probability from 0 to 1", text_of(given));
   const double parts = std::round(p * 0x1p16);  // 16 bits are drawn
   if (parts == 0) return;
   c.dropout.threshold = std::uint32_t(std::min(parts, 0x1p16 - 1)) << 16;
   c.dropout.scale = parts == 0x1p16 ? 0.0 : 0x1p16 / (0x1p16 - parts);
-  c.dropout.seed = seed_of(rules.seed);
+  c.dropout.seed = seed_of(rules.get<"seed">());
+}
+
+// Segment ids of queries and keys; sample b's rows of q and k start at q_first[b], k_first[b].
+void take_segments(Request& r, const py::object& given, const std::vector<index_t>& q_first,
+                   const std::vector<index_t>& k_first) {
+  Call& c = r.call;
+  const bool pair = py::isinstance<py::tuple>(given);
+  if (pair && py::len(given) != 2)
+    wrong_value("segment_ids", "an array, or a pair of arrays (of queries, of keys)",
+                std::to_string(py::len(given)) + " of them");
+  const py::object q_ids = pair ? py::object(given[py::int_(0)]) : given,
+                   k_ids = pair ? py::object(given[py::int_(1)]) : given;
+  const auto q = ids_of("segment_ids", q_ids, r.segment_rows[0]),
+             k = ids_of("segment_ids", k_ids, r.segment_rows[1]);
+  for (std::size_t b = 0; b < c.sq.size(); b++)
+    c.segments.emplace_back(q.data() + q_first[b], c.sq[b], k.data() + k_first[b], c.sk[b]);
 }
 
 // Masks, biases and numbers by head, all of which broadcast; segments. r.scores, sq, sk and lead
-// are known; sample b's rows of q and k start at q_first[b], k_first[b] of the segment ids.
+// are known.
 void take_arrays(Request& r, const RuleArguments& rules, const std::vector<index_t>& q_first,
                  const std::vector<index_t>& k_first) {
   Call& c = r.call;
-  if (!rules.mask.is_none()) {
-    const py::array a = array_of("mask", rules.mask);
+  if (const py::object mask = rules.get<"mask">(); !mask.is_none()) {
+    const py::array a = array_of("mask", mask);
     if (a.dtype().kind() != 'b') wrong_type("mask", "a boolean array", dtype_name(a));
     c.mask = broadcast_tensor("mask", a, r.scores);
     r.others.push_back(a);
   }
-  if (!rules.bias.is_none()) {
-    const py::array a = array_of("bias", rules.bias);
+  if (const py::object bias = rules.get<"bias">(); !bias.is_none()) {
+    const py::array a = array_of("bias", bias);
     same_dtype("bias", a, r);
     c.bias = broadcast_tensor("bias", a, r.scores);
     r.others.push_back(a);
   }
-  const index_t heads = c.heads, all = c.batch * heads;
-  if (!rules.alibi_slopes.is_none()) {
-    c.alibi_slopes = numbers_of("alibi_slopes", rules.alibi_slopes,
-                                {{heads}, {c.batch, heads}, join(r.lead, heads)});
+  if (const py::object slopes = rules.get<"alibi_slopes">(); !slopes.is_none()) {
+    c.alibi_slopes =
+        numbers_of("alibi_slopes", slopes, {{c.heads}, {c.batch, c.heads}, join(r.lead, c.heads)});
     const std::size_t given = c.alibi_slopes.size();
-    for (index_t i = index_t(given); i < all; i++)
+    for (index_t i = index_t(given); i < c.batch * c.heads; i++)
       c.alibi_slopes.push_back(c.alibi_slopes[std::size_t(i) % given]);
   }
-  if (!rules.sinks.is_none()) c.sinks = numbers_of("sinks", rules.sinks, {{heads}});
-  if (!rules.segment_ids.is_none()) {
-    const bool pair = py::isinstance<py::tuple>(rules.segment_ids);
-    if (pair && py::len(rules.segment_ids) != 2)
-      wrong_value("segment_ids", "an array, or a pair of arrays (of queries, of keys)",
-                  std::to_string(py::len(rules.segment_ids)) + " of them");
-    const py::object q_ids = pair ? py::object(rules.segment_ids[py::int_(0)]) : rules.segment_ids,
-                     k_ids = pair ? py::object(rules.segment_ids[py::int_(1)]) : rules.segment_ids;
-    const auto q = ids_of("segment_ids", q_ids, r.segment_rows[0]),
-               k = ids_of("segment_ids", k_ids, r.segment_rows[1]);
-    for (std::size_t b = 0; b < c.sq.size(); b++)
-      c.segments.emplace_back(q.data() + q_first[b], c.sq[b], k.data() + k_first[b], c.sk[b]);
-  }
+  if (const py::object sinks = rules.get<"sinks">(); !sinks.is_none())
+    c.sinks = numbers_of("sinks", sinks, {{c.heads}});
+  if (const py::object ids = rules.get<"segment_ids">(); !ids.is_none())
+    take_segments(r, ids, q_first, k_first);
 }
 
 // What does not depend on how samples are laid out; sq, sk and lead are known.
 void take_rules(Request& r, const RuleArguments& rules, py::handle num_threads) {
   Call& c = r.call;
-  c.scale =
-      rules.scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", rules.scale);
-  c.softcap = finite_number("softcap", rules.softcap);
-  if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", text_of(rules.softcap));
+  const py::object scale = rules.get<"scale">(), softcap = rules.get<"softcap">();
+  c.scale = scale.is_none() ? 1.0 / std::sqrt(double(c.d)) : finite_number("scale", scale);
+  c.softcap = finite_number("softcap", softcap);
+  if (c.softcap < 0) wrong_value("softcap", "0 or a positive number", text_of(softcap));
   if (c.softcap > 0x1p100) c.softcap = 0;  // bends nothing, but logits divided by it are lost
-  window_of(rules.window, c);
-  if (truth_of("is_causal", rules.is_causal)) c.right = std::min<index_t>(c.right, 0);
-  c.q_offset = integers_of("q_offset", rules.q_offset, r.lead, c.batch);
+  window_of(rules.get<"window">(), c);
+  if (truth_of("is_causal", rules.get<"is_causal">())) c.right = std::min<index_t>(c.right, 0);
+  c.q_offset = integers_of("q_offset", rules.get<"q_offset">(), r.lead, c.batch);
   for (const index_t o : c.q_offset)
     if (o > index_t(1) << 60 || o < -(index_t(1) << 60))
       wrong_value("q_offset", "at most 2**60 in magnitude", std::to_string(o));
-  c.q_length = lengths_of("q_lengths", rules.q_lengths, r, c.sq);
-  c.kv_length = lengths_of("kv_lengths", rules.kv_lengths, r, c.sk);
+  c.q_length = lengths_of("q_lengths", rules.get<"q_lengths">(), r, c.sq);
+  c.kv_length = lengths_of("kv_lengths", rules.get<"kv_lengths">(), r, c.sk);
   take_dropout(c, rules);
   c.threads = threads_of(num_threads);
 }
@@ -275,7 +281,7 @@ Request paged(py::handle q, py::handle k, py::handle v, py::handle block_table,
   c.k.batch.assign(std::size_t(c.batch), 0);
   c.v.batch.assign(std::size_t(c.batch), 0);
   c.sk.assign(std::size_t(c.batch), columns * rows);
-  const std::vector<index_t> lengths = lengths_of("kv_lengths", rules.kv_lengths, r, c.sk);
+  const std::vector<index_t> lengths = lengths_of("kv_lengths", rules.get<"kv_lengths">(), r, c.sk);
   for (index_t b = 0; b < c.batch; b++)
     for (index_t m = 0; m * rows < lengths[std::size_t(b)]; m++)
       if (const index_t page = table[std::size_t(b * columns + m)];

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention/call.h"
+#include "bindings/rules.h"
 #include "bindings/views.h"
 
 namespace fusedattn {
@@ -19,19 +20,6 @@ struct Request {
   Shape lead, out_shape, lse_shape, scores;  // scores: what masks and biases broadcast to
   Axes q_axes, k_axes;
   std::vector<Shape> segment_rows[2];  // possible shapes of the segment ids of queries and of keys
-};
-
-// The rules as _attention.py's _rules() lines them up.
-struct RuleArguments {
-  py::object mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks,
-      q_lengths, kv_lengths, segment_ids, dropout_p, seed;
-
-  explicit RuleArguments(const py::tuple& t) {
-    py::object* const all[] = {&mask,       &bias,        &is_causal,    &q_offset, &window,
-                               &scale,      &softcap,     &alibi_slopes, &sinks,    &q_lengths,
-                               &kv_lengths, &segment_ids, &dropout_p,    &seed};
-    for (std::size_t i = 0; i < std::size(all); i++) *all[i] = t[i];
-  }
 };
 
 // Every sample has the same lengths.

@@ -6,13 +6,18 @@ query and key lengths, D head dimension of q and k, Dv of v.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fusedattn import _core
+from fusedattn._rules import rules_of, takes_rules
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusedattn._rules import RuleKeywords
 
 Array = NDArray[Any]
 
@@ -30,68 +35,27 @@ class AttentionGradients(NamedTuple):
 GRADIENTS = ("q", "k", "v", "bias", "sinks")
 
 
-def needs_of(need: Sequence[str]) -> tuple[bool, ...]:
+def needs_of(need: Sequence[str]) -> tuple[bool, bool, bool, bool, bool]:
     """Whether each of `GRADIENTS` is needed."""
     if isinstance(need, str):
         need = (need,)
     for name in need:
         if name not in GRADIENTS:
             raise ValueError(f"need: expected names among {GRADIENTS}, got {name!r}")
-    return tuple(name in need for name in GRADIENTS)
+    return ("q" in need, "k" in need, "v" in need, "bias" in need, "sinks" in need)
 
 
-def seed_of(seed: Any, dropout_p: Any) -> Any:
-    """A fresh seed where dropout wants one and none was given."""
-    return int.from_bytes(os.urandom(8), "little") if seed is None and dropout_p else seed
-
-
-def line_up(
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: Any = False,
-    q_offset: Any = 0,
-    window: Any = None,
-    scale: Any = None,
-    softcap: Any = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-    segment_ids: Any = None,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-) -> tuple[Any, ...]:
-    """The rules in the order in which the core reads them."""
-    return (
-        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
-        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
-    )  # fmt: skip
-
-
+@takes_rules
 def attention(
     q: Any,
     k: Any,
     v: Any,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-    segment_ids: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     layout: str = "bhsd",
     out: Array | None = None,
     num_threads: int | None = None,
     return_lse: bool = False,
+    **rules: Unpack[RuleKeywords],
 ) -> Any:
     """Softmax attention, ``softmax(scale * q @ k^T + bias) @ v``, without the score matrix.
 
@@ -110,43 +74,8 @@ def attention(
         Keys. Hkv divides H: query head h reads key/value head ``h // (H // Hkv)``.
     v : array, shape (..., Hkv, Sk, Dv) or (..., Sk, Hkv, Dv)
         Values.
-    mask : boolean array, optional
-        True where query i may see key j; broadcasts to (..., H, Sq, Sk) in either layout and is
-        never expanded in memory.
-    bias : array of q's dtype, optional
-        Added to the logits; broadcasts as `mask` does. An entry of minus infinity masks.
-    is_causal : bool, default False
-        Query i sees keys ``j <= i + q_offset`` only.
-    q_offset : int or integer array of shape (B,), default 0
-        Position of the first query among the keys. 0 aligns top-left (PyTorch, JAX, ONNX),
-        ``Sk - Sq`` bottom-right (FlashAttention).
-    window : (left, right), optional
-        Query i sees keys from ``p - left`` to ``p + right`` only, ends included, where
-        ``p = i + q_offset``; -1 is no end. With `is_causal`, right is at most 0.
-    scale : float, optional
-        Default ``1 / sqrt(D)``.
-    q_lengths : int or integer array of shape (B,), optional
-        Queries at and beyond this position are padding: out 0, LSE minus infinity, gradients 0.
-        Default Sq.
-    kv_lengths : int or integer array of shape (B,), optional
-        Keys at and beyond this position are padding. Default Sk.
-    softcap : float, default 0
-        If positive, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, 2024).
-    alibi_slopes : float array of shape (H,) or (B, H), optional
-        Logits fall by ``slope * |i + q_offset - j|`` (Press et al., *ALiBi*, 2022).
-    sinks : float array of shape (H,), optional
-        A logit for each head that joins the sum of its softmax, and the LSE, but has no value
-        (Xiao et al., *Attention sinks*, 2024).
-    segment_ids : integer array of shape (B, S), or a pair ((B, Sq), (B, Sk)), optional
-        A query sees the keys whose number equals its own: documents packed in one row.
-    dropout_p : float, default 0
-        Each probability is dropped with this probability; what is kept is divided by
-        ``1 - dropout_p``. It counts to the nearest multiple of 2**-16. Philox4x32-10 (Salmon et
-        al., 2011) keyed by seed, sample, head, query and key decides:
-        :func:`fusedattn.reference.dropout_mask` gives the same mask.
-    seed : int, optional
-        From 0 to 2**64 - 1; by default a fresh one, which leaves no way to the gradients but
-        :func:`attention_vjp`.
+    **rules
+        See `fusedattn._rules.Rules`.
     layout : {"bhsd", "bshd"}, default "bhsd"
     out : array, optional
         Where to write the result: shape and dtype of the result, memory of its own, any strides.
@@ -182,13 +111,11 @@ def attention(
     >>> attention(x, x, x, is_causal=True).shape
     (1, 2, 3, 4)
     """
-    rules = (
-        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
-        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
-    )  # fmt: skip
-    return _core.attention(q, k, v, rules, layout, out, num_threads, return_lse)
+    drawn = rules_of(rules).drawn()
+    return _core.attention(q, k, v, drawn, layout, out, num_threads, return_lse)
 
 
+@takes_rules
 def attention_backward(
     dout: Any,
     q: Any,
@@ -197,24 +124,11 @@ def attention_backward(
     out: Any,
     lse: Any,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-    segment_ids: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     layout: str = "bhsd",
     dlse: Any = None,
     need: Sequence[str] = ("q", "k", "v"),
     num_threads: int | None = None,
+    **rules: Unpack[RuleKeywords],
 ) -> AttentionGradients:
     """Gradients of :func:`attention`, recomputing the probabilities from the log-sum-exp.
 
@@ -249,12 +163,8 @@ def attention_backward(
     TypeError, ValueError
         As :func:`attention`.
     """
-    rules = (
-        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
-        kv_lengths, segment_ids, dropout_p, seed,
-    )  # fmt: skip
     gradients = _core.attention_backward(
-        dout, q, k, v, out, lse, dlse, rules, layout, num_threads, needs_of(need)
+        dout, q, k, v, out, lse, dlse, rules_of(rules), layout, num_threads, needs_of(need)
     )
     return AttentionGradients(*gradients)
 
@@ -292,13 +202,15 @@ def attention_vjp(
     for name in ("out", "return_lse"):
         if name in rules:
             raise TypeError(f"{name}: not an argument of attention_vjp")
-    needs_of(need)
-    rules["seed"] = seed_of(rules.get("seed"), rules.get("dropout_p"))
-    out, lse = attention(q, k, v, num_threads=num_threads, return_lse=True, **rules)
+    needs = needs_of(need)
+    layout = rules.pop("layout", "bhsd")
+    drawn = rules_of(rules).drawn()
+    out, lse = _core.attention(q, k, v, drawn, layout, num_threads=num_threads, return_lse=True)
 
     def vjp(dout: Any, dlse: Any = None) -> AttentionGradients:
-        return attention_backward(
-            dout, q, k, v, out, lse, dlse=dlse, need=need, num_threads=num_threads, **rules
+        gradients = _core.attention_backward(
+            dout, q, k, v, out, lse, dlse, drawn, layout, num_threads, needs
         )
+        return AttentionGradients(*gradients)
 
     return out, vjp

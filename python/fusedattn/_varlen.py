@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING, Any
 
 from fusedattn import _core
-from fusedattn._attention import Array, AttentionGradients, needs_of, seed_of
+from fusedattn._attention import Array, AttentionGradients, needs_of
+from fusedattn._rules import rules_of, takes_rules
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fusedattn._rules import RuleKeywords
 
 
+@takes_rules
 def attention_varlen(
     q: Any,
     k: Any,
@@ -18,23 +23,10 @@ def attention_varlen(
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-    segment_ids: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
     return_lse: bool = False,
+    **rules: Unpack[RuleKeywords],
 ) -> Any:
     """Attention over sequences packed end to end: sequence n sees its own keys only.
 
@@ -68,15 +60,13 @@ def attention_varlen(
     TypeError, ValueError
         As :func:`fusedattn.attention`.
     """
-    rules = (
-        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
-        kv_lengths, segment_ids, dropout_p, seed_of(seed, dropout_p),
-    )  # fmt: skip
+    drawn = rules_of(rules).drawn()
     return _core.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, rules, out, num_threads, return_lse
+        q, k, v, cu_seqlens_q, cu_seqlens_k, drawn, out, num_threads, return_lse
     )
 
 
+@takes_rules
 def attention_varlen_backward(
     dout: Any,
     q: Any,
@@ -87,24 +77,11 @@ def attention_varlen_backward(
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    is_causal: bool = False,
-    q_offset: int | ArrayLike = 0,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_lengths: Any = None,
-    kv_lengths: Any = None,
-    segment_ids: Any = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
     dlse: Any = None,
     need: Sequence[str] = ("q", "k", "v"),
     into: tuple[Array, Array, Array] | None = None,
     num_threads: int | None = None,
+    **rules: Unpack[RuleKeywords],
 ) -> AttentionGradients:
     """Gradients of :func:`attention_varlen`.
 
@@ -132,12 +109,8 @@ def attention_varlen_backward(
     TypeError, ValueError
         As :func:`fusedattn.attention`.
     """
-    rules = (
-        mask, bias, is_causal, q_offset, window, scale, softcap, alibi_slopes, sinks, q_lengths,
-        kv_lengths, segment_ids, dropout_p, seed,
-    )  # fmt: skip
     gradients = _core.attention_varlen_backward(
-        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, rules, num_threads,
-        needs_of(need), into,
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, rules_of(rules),
+        num_threads, needs_of(need), into,
     )  # fmt: skip
     return AttentionGradients(*gradients)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusedattn._attention import attention
+from fusedattn import _core
 from fusedattn._kvcache import KVCache, attention_with_kvcache
-from fusedattn._varlen import attention_varlen
+from fusedattn._rules import Rules
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -81,11 +81,11 @@ def flash_attn_func(
         As `attention`.
     """
     sq, sk = (int(np.shape(x)[-3]) if np.ndim(x) > 2 else 0 for x in (q, k))
-    result = attention(
-        q, k, v, is_causal=bool(causal), q_offset=sk - sq, window=window_size, scale=softmax_scale,
-        softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-        seed=seed, layout="bshd", return_lse=return_attn_probs,
+    rules = Rules(
+        is_causal=bool(causal), q_offset=sk - sq, window=window_size, scale=softmax_scale,
+        softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    result = _core.attention(q, k, v, rules.drawn(), "bshd", return_lse=return_attn_probs)
     return (*result, None) if return_attn_probs else result
 
 
@@ -144,13 +144,15 @@ return_attn_probs, seed
     cu_q, cu_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     if block_table is not None:
         k, v = _packed(k, v, np.diff(cu_k), block_table)
-    aligned = cu_q.shape == cu_k.shape and cu_q.ndim == 1  # attention_varlen says if not
-    result = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal=bool(causal),
-        q_offset=np.diff(cu_k) - np.diff(cu_q) if aligned else 0, window=window_size,
-        scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-        seed=seed, return_lse=return_attn_probs,
+    aligned = cu_q.shape == cu_k.shape and cu_q.ndim == 1  # the core says if not
+    rules = Rules(
+        is_causal=bool(causal), q_offset=np.diff(cu_k) - np.diff(cu_q) if aligned else 0,
+        window=window_size, scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    result = _core.attention_varlen(
+        q, k, v, cu_q, cu_k, rules.drawn(), return_lse=return_attn_probs
+    )
     return (*result, None) if return_attn_probs else result
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusedattn._attention import attention
+from fusedattn import _core
+from fusedattn._rules import Rules
 
 __all__ = ["dot_product_attention"]
 
@@ -87,23 +88,22 @@ def dot_product_attention(
     """
     if implementation not in (None, "xla"):
         raise ValueError(f"implementation: expected None or 'xla', got {implementation!r}")
-    masks: dict[str, Any] = {
-        "mask": mask,
-        "is_causal": bool(is_causal),
-        "window": _window(local_window_size),
-        "q_lengths": query_seq_lengths,
-        "kv_lengths": key_value_seq_lengths,
-    }
+    masks = Rules(
+        mask=mask,
+        is_causal=bool(is_causal),
+        window=_window(local_window_size),
+        q_lengths=query_seq_lengths,
+        kv_lengths=key_value_seq_lengths,
+    )
     cap = 0.0 if attn_logits_soft_cap is None else attn_logits_soft_cap
-    options: dict[str, Any] = {"layout": "bshd", "return_lse": True}
-    out, lse = attention(query, key, value, bias=bias, scale=scale, softcap=cap, **masks, **options)
+    rules = masks._replace(bias=bias, scale=scale, softcap=cap)
+    out, lse = _core.attention(query, key, value, rules, "bshd", return_lse=True)
     residual = np.swapaxes(lse, -1, -2)
     blind = np.isneginf(residual)
     if blind.any():
         if bias is not None:  # blind by the masks alone?
-            blind &= np.swapaxes(
-                np.isneginf(attention(query, key, value, **masks, **options)[1]), -1, -2
-            )
+            _, lse = _core.attention(query, key, value, masks, "bshd", return_lse=True)
+            blind &= np.swapaxes(np.isneginf(lse), -1, -2)
         residual = np.where(blind, MASKED, residual)
         blind &= _are_queries(query_seq_lengths, blind)
         _put_mean(out, blind, np.asarray(value))

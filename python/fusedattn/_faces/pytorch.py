@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn._attention import attention
+from fusedattn import _core
+from fusedattn._rules import Rules
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -81,14 +82,14 @@ def scaled_dot_product_attention(
     if not enable_gqa:
         _check_heads(query, key)
 
-    rule: dict[str, Any] = {}
+    mask, bias = attn_mask, None
     if attn_mask is not None:
         attn_mask = np.asarray(attn_mask)
-        rule["mask" if attn_mask.dtype == np.bool_ else "bias"] = attn_mask
-    out: NDArray[Any] = attention(
-        query, key, value, is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p,
-        seed=seed, **rule,
-    )  # fmt: skip
+        mask, bias = (attn_mask, None) if attn_mask.dtype == np.bool_ else (None, attn_mask)
+    rules = Rules(
+        mask=mask, bias=bias, is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p, seed=seed
+    )
+    out: NDArray[Any] = _core.attention(query, key, value, rules.drawn())
     return out
 
 

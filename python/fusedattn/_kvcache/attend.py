@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fusedattn import _core
-from fusedattn._attention import attention, line_up
 from fusedattn._kvcache.cache import KVCache
 from fusedattn._kvcache.checks import check_layout, per_sequence
+from fusedattn._rules import rules_of
 
 __all__ = ["attention_with_kvcache"]
 
@@ -91,24 +91,25 @@ def attention_with_kvcache(
     try:
         if k is not None:
             overwritten = cache._append(k, v, None if q_lengths is None else counts)
-        rules |= {
-            "is_causal": is_causal,
-            "q_offset": cache.lengths - counts,
-            "kv_lengths": cache.lengths,
-            "q_lengths": None if q_lengths is None else counts,
-        }
+        lengths = cache.lengths
+        given = rules_of(
+            {
+                **rules,
+                "is_causal": is_causal,
+                "q_offset": lengths - counts,
+                "kv_lengths": lengths,
+                "q_lengths": None if q_lengths is None else counts,
+            }
+        ).drawn()
         table, keys, values = cache.block_table, cache.k, cache.v
         if table is None:
             keys, values = cache.keys_and_values()
         if layout != cache.layout:
             keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         if table is None:
-            return attention(
-                q, keys, values, layout=layout, out=out, num_threads=num_threads,
-                return_lse=return_lse, **rules,
-            )  # fmt: skip
+            return _core.attention(q, keys, values, given, layout, out, num_threads, return_lse)
         return _core.attention_paged(
-            q, keys, values, table, line_up(**rules), layout, out, num_threads, return_lse
+            q, keys, values, table, given, layout, out, num_threads, return_lse
         )
     except BaseException:
         cache.truncate(before)
