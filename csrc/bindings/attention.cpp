@@ -106,8 +106,9 @@ py::tuple backward(Request& r, py::handle dout, py::handle out, py::handle lse, 
   Call& c = r.call;
   const py::array d = input_like("dout", dout, r.dtype, r.out_shape),
                   o = input_like("out", out, r.dtype, r.out_shape);
-  const py::array l = py::module_::import("numpy").attr("ascontiguousarray")(
-      input_like("lse", lse, r.lse_dtype, r.lse_shape));
+  py::array l = input_like("lse", lse, r.lse_dtype, r.lse_shape);
+  if (!(l.flags() & py::array::c_style))
+    l = py::module_::import("numpy").attr("ascontiguousarray")(l);
   c.dout = like(r, d, r.q_axes, c.q, c.q.row);
   c.out = like(r, o, r.q_axes, c.q, c.q.row);
   c.lse = static_cast<char*>(const_cast<void*>(l.data()));
