@@ -75,15 +75,20 @@ FA_INLINE bool is_finite_alibi(const Rules& rules, const Queries<T>& x, index_t 
 // Calls use(r, c, t, finite) with the dense part t of keys k0 + c to k0 + c + W and queries r to
 // r + W, for all keys [k0, k1) and queries of x; -inf beyond k1. `ragged`: a query may see a part
 // of the keys. `finite`: nothing in t is -inf.
-template <class E, class Driver, class F, class T = Compute<E>>
+// BIAS_ALONE: the bias is native, n a multiple of W, and nothing else is asked for: what is known
+// when this is compiled is not looked at for every vector.
+template <class E, class Driver, bool BIAS_ALONE = false, class F, class T = Compute<E>>
 FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask, bool ragged,
                          index_t k0, index_t k1, F&& use) {
   using Int = typename Bits<T>::type;
   constexpr index_t at_once = FUSEDATTN_VECTOR_BYTES, size = sizeof(T);  // keys of a mask
   const index_t n = k1 - k0, lanes = x.vectors * W<T>;
   const Matrix& bias = rules.bias;
-  const bool native = is_native_bias<E>(bias), slanted = rules.alibi_slope != 0,
-             all_seen = !ragged && !use_mask && !rules.segments.q_number,
+  const int32_t* segments = BIAS_ALONE ? nullptr : rules.segments.q_number;
+  if constexpr (BIAS_ALONE) ragged = use_mask = false;
+  const bool biased = BIAS_ALONE || bias.data, native = BIAS_ALONE || is_native_bias<E>(bias),
+             slanted = !BIAS_ALONE && rules.alibi_slope != 0,
+             all_seen = !ragged && !use_mask && !segments,
              tame = !slanted || is_finite_alibi(rules, x, k0, k1);
   const index_t then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
   const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
@@ -95,19 +100,22 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
     Vec<T> low{}, high = splat(T(n));
     if (ragged) dense_intervals<T>(rules, query, k0, n, low, high);
     IntVec<T> segment{};
-    for (int i = 0; i < W<T> && rules.segments.q_number; i++)
-      segment[i] = rules.segments.q_number[query[i]];
+    for (int i = 0; i < W<T> && segments; i++) segment[i] = segments[query[i]];
+    const char* row[W<T>];  // of the bias
+    for (int i = 0; i < W<T>; i++) row[i] = bias.data + query[i] * bias.row + k0 * bias.col;
     Driver::once_a_while();
     Vec<T> words[W<T>];
     for (index_t c = 0; c < n; c += W<T>) {
       const Vec<T> first = splat(T(c));
       Vec<T> t[W<T>];
       bool finite = tame;  // neither a bias nor its product
-      if (bias.data) {
+      if (biased) {
         FA_UNROLL
-        for (int i = 0; i < W<T>; i++)
-          t[i] = load_bias<E, Driver::fetches_bias>(
-              bias.data + query[i] * bias.row + (k0 + c) * bias.col, bias.col, native, n - c, then);
+        for (int i = 0; i < W<T>; i++) {
+          const index_t left = BIAS_ALONE ? W<T> : n - c;
+          t[i] = load_bias<E, Driver::fetches_bias>(row[i], bias.col, native, left, then);
+          row[i] += W<T> * bias.col;
+        }
         finite &= are_finite_biases<T>(t);
         transpose_registers<T>(t);
       }
@@ -115,12 +123,12 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
           const Vec<T> y = alibi<T>(slope, first + splat(T(j)), position);
-          t[j] = bias.data ? add_bias<T>(t[j], y) : y;
+          t[j] = biased ? add_bias<T>(t[j], y) : y;
         }
-      } else if (bias.data && finite) {
+      } else if (biased && finite) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) t[j] *= splat(T(LOG2E));
-      } else if (bias.data) {
+      } else if (biased) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) t[j] = add_bias<T>(t[j], Vec<T>{});
       } else {
@@ -136,10 +144,10 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
           t[j] = byte == 0 ? minus_inf : t[j];
         }
       }
-      if (rules.segments.q_number)
+      if (segments)
         for (int j = 0; j < min_index(n - c, W<T>); j++)
           t[j] = segment == rules.segments.k_number[k0 + c + j] ? t[j] : minus_inf;
-      if (ragged || c + W<T> > n) {
+      if (ragged || (!BIAS_ALONE && c + W<T> > n)) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
           const Vec<T> key = first + splat(T(j));
@@ -147,7 +155,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
           t[j] = key < high ? t[j] : minus_inf;
         }
       }
-      use(r, c, t, finite && all_seen && c + W<T> <= n);
+      use(r, c, t, finite && all_seen && (BIAS_ALONE || c + W<T> <= n));
     }
   }
 }
