@@ -1,45 +1,56 @@
 // What backward needs of each query before it begins, and the rounding of gradients at its end.
 #pragma once
 
+#include "kernel/vector/column_sums.h"
 #include "kernel/vector/exp.h"
 #include "kernel/vector/move.h"
 
 namespace fusedattn {
 namespace {
 
-// delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e) for queries [begin, end), W at a time:
-// their sums over lanes, in the order of sum_lanes, are made side by side.
+// sums = those of dout * out over the columns of one query. NATIVE: their elements lie side by
+// side.
+template <class E, bool NATIVE, class T = Compute<E>>
+FA_INLINE ColumnSums<T> sum_products(const char* o, index_t o_step, const char* g, index_t g_step,
+                                     index_t columns) {
+  ColumnSums<T> sums;
+  for_summed_columns<T>(columns, [&](index_t c, int lanes, int part) FA_LAMBDA {
+    const char *from = o + c * o_step, *with = g + c * g_step;
+    if (NATIVE && lanes == W<T>)
+      sums.part[part] = fma<T>(load_as<E>(from), load_as<E>(with), sums.part[part]);
+    else
+      sums.part[part] = fma<T>(gather_as<E>(from, o_step, lanes), gather_as<E>(with, g_step, lanes),
+                               sums.part[part]);
+  });
+  return sums;
+}
+
+// delta = rowsum(dout * out) - dlse and lse2 = lse * log2(e) for queries [begin, end).
 template <class E> FA_ENTRY void delta(const DeltaHead& h, index_t begin, index_t end) {
   using T = Compute<E>;
   const bool native = is_native<E>(h.out) && is_native<E>(h.dout);
-  for (index_t q = begin; q < end; q += W<T>) {
-    const int rows = int(min_index(W<T>, end - q));
-    Vec<T> sum[W<T>] = {};
+  const T* lse = static_cast<const T*>(h.lse);
+  ColumnSums<T> sums[FEW_ROWS];
+  for (index_t q0 = begin; q0 < end; q0 += FEW_ROWS) {
+    const int rows = int(min_index(FEW_ROWS, end - q0));
     for (int r = 0; r < rows; r++) {
-      const char *o = h.out.data + (q + r) * h.out.row, *g = h.dout.data + (q + r) * h.dout.row;
-      for (index_t at = 0; at < h.d_v * index_t(sizeof(E)) && q + r + 8 < end; at += 64) {
+      const index_t q = q0 + r;
+      const char *o = h.out.data + q * h.out.row, *g = h.dout.data + q * h.dout.row;
+      for (index_t at = 0; at < h.d_v * index_t(sizeof(E)) && q + 8 < end; at += 64) {
         prefetch_near(o + 8 * h.out.row + at);
         prefetch_near(g + 8 * h.dout.row + at);
       }
-      index_t c = 0;
-      if (native)
-        for (; c + W<T> <= h.d_v; c += W<T>)
-          sum[r] = fma<T>(load_as<E>(o + c * h.out.col), load_as<E>(g + c * h.dout.col), sum[r]);
-      for (; c < h.d_v; c += W<T>) {
-        const int n = int(min_index(W<T>, h.d_v - c));
-        sum[r] = fma<T>(gather_as<E>(o + c * h.out.col, h.out.col, n),
-                        gather_as<E>(g + c * h.dout.col, h.dout.col, n), sum[r]);
-      }
+      sums[r] = native ? sum_products<E, true>(o, h.out.col, g, h.dout.col, h.d_v)
+                       : sum_products<E, false>(o, h.out.col, g, h.dout.col, h.d_v);
     }
-    transpose_registers<T>(sum);
-    FA_UNROLL
-    for (int i = 1; i < W<T>; i++) sum[0] += sum[i];
-    T dlse[W<T>] = {};
-    for (int r = 0; r < rows && h.dlse; r++)
-      __builtin_memcpy(&dlse[r], h.dlse + (q + r) * h.dlse_step, sizeof(T));
-    const Vec<T> lse = load_n(static_cast<const T*>(h.lse) + q, rows);
-    store_n(static_cast<T*>(h.delta) + q, sum[0] - load(dlse), rows);
-    store_n(static_cast<T*>(h.lse2) + q, lse * splat(T(LOG2E)), rows);
+    T total[FEW_ROWS];
+    add_up<T>(sums, total);
+    for (int r = 0; r < rows; r++) {
+      T dlse = 0;
+      if (h.dlse) __builtin_memcpy(&dlse, h.dlse + (q0 + r) * h.dlse_step, sizeof(T));
+      static_cast<T*>(h.delta)[q0 + r] = total[r] - dlse;
+      static_cast<T*>(h.lse2)[q0 + r] = lse[q0 + r] * T(LOG2E);
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Going through the columns of a row, a vector at a time: what all layers are made of.
 #pragma once
 
+#include "kernel/vector/column_sums.h"
 #include "kernel/vector/exp.h"
 
 namespace fusedattn {

@@ -8,23 +8,33 @@ namespace fusedattn {
 namespace {
 
 template <class T> FA_ENTRY void log_sum_exp(const Softmax& s, index_t begin, index_t end) {
-  for (index_t r = begin; r < end; r++) {
-    const T* x = row_of<const T>(s.x, r);
-    const Vec<T> lowest = splat(Bits<T>::lowest);
-    Vec<T> max = lowest;
-    for_columns<T>(s.classes, [&](index_t c, int lanes) FA_LAMBDA {
-      const Vec<T> v = load_lanes(x + c, lanes);
-      max = max_or_second<T>(lanes == W<T> ? v : lanes_or<T>(v, lowest, lanes), max);
-    });
-    T most = max[0];
-    for (int i = 1; i < W<T>; i++) most = max[i] > most ? max[i] : most;
-    Vec<T> sum{};
-    for_columns<T>(s.classes, [&](index_t c, int lanes) FA_LAMBDA {
-      const Vec<T> e = exp_of<T>(load_lanes(x + c, lanes) - splat(most));
-      sum += lanes == W<T> ? e : lanes_below<T>(e, lanes);
-    });
-    const Vec<T> log2 = log2_positive<T>(splat(sum_lanes<T>(sum)));
-    static_cast<T*>(s.lse)[r] = most + T(LN2) * log2[0];
+  ColumnSums<T> sums[FEW_ROWS];
+  for (index_t r0 = begin; r0 < end; r0 += FEW_ROWS) {
+    const int rows = int(min_index(FEW_ROWS, end - r0));
+    T most[FEW_ROWS], total[FEW_ROWS];
+    for (int r = 0; r < rows; r++) {
+      const T* x = row_of<const T>(s.x, r0 + r);
+      const Vec<T> lowest = splat(Bits<T>::lowest);
+      Vec<T> max = lowest;
+      for_columns<T>(s.classes, [&](index_t c, int lanes) FA_LAMBDA {
+        const Vec<T> v = load_lanes(x + c, lanes);
+        max = max_or_second<T>(lanes == W<T> ? v : lanes_or<T>(v, lowest, lanes), max);
+      });
+      most[r] = max[0];
+      for (int i = 1; i < W<T>; i++) most[r] = max[i] > most[r] ? max[i] : most[r];
+      const Vec<T> from = splat(most[r]);
+      ColumnSums<T> sum;
+      for_summed_columns<T>(s.classes, [&](index_t c, int lanes, int part) FA_LAMBDA {
+        const Vec<T> e = exp_of<T>(load_lanes(x + c, lanes) - from);
+        sum.part[part] += lanes == W<T> ? e : lanes_below<T>(e, lanes);
+      });
+      sums[r] = sum;
+    }
+    add_up<T>(sums, total);
+    for (int r = 0; r < rows; r++) {
+      const Vec<T> log2 = log2_positive<T>(splat(total[r]));
+      static_cast<T*>(s.lse)[r0 + r] = most[r] + T(LN2) * log2[0];
+    }
   }
 }
 

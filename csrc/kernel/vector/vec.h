@@ -262,7 +262,36 @@ template <class T, int S = W<T> / 2> FA_INLINE void transpose_registers(Vec<T> (
   if constexpr (S > 1) transpose_registers<T, S / 2>(r);
 }
 
-// Sum and NaN-blind maximum over lanes, in a fixed order.
+// Within each four lanes: a0 b0 a1 b1, or with HIGH a2 b2 a3 b3.
+template <int HIGH, class V, int... I> FA_INLINE V zip_lanes(V a, V b, Seq<I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + 2 * HIGH + I % 4 / 2 + I % 2 * n)...);
+}
+// Within each four lanes: a0 a1 b0 b1, or with HIGH a2 a3 b2 b3.
+template <int HIGH, class V, int... I> FA_INLINE V zip_pairs(V a, V b, Seq<I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + 2 * HIGH + I % 2 + I % 4 / 2 * n)...);
+}
+
+// Transposes the square of elements that each 16 bytes of a few registers hold.
+template <class T> inline constexpr int SQUARE = 16 / int(sizeof(T));
+template <class T> FA_INLINE void transpose_squares(Vec<T> (&r)[SQUARE<T>]) {
+  using Lanes = typename MakeSeq<W<T>>::type;
+  if constexpr (SQUARE<T> == 2) {
+    const Vec<T> a = r[0], b = r[1];
+    r[0] = butterfly_low<1>(a, b, Lanes{});
+    r[1] = butterfly_high<1>(a, b, Lanes{});
+  } else {
+    const Vec<T> low[2] = {zip_lanes<0>(r[0], r[1], Lanes{}), zip_lanes<0>(r[2], r[3], Lanes{})},
+                 high[2] = {zip_lanes<1>(r[0], r[1], Lanes{}), zip_lanes<1>(r[2], r[3], Lanes{})};
+    r[0] = zip_pairs<0>(low[0], low[1], Lanes{});
+    r[1] = zip_pairs<1>(low[0], low[1], Lanes{});
+    r[2] = zip_pairs<0>(high[0], high[1], Lanes{});
+    r[3] = zip_pairs<1>(high[0], high[1], Lanes{});
+  }
+}
+
+// Sum over lanes, in their order. Its bits depend on W; ColumnSums' do not.
 template <class T> FA_INLINE T sum_lanes(Vec<T> v) {
   T s = v[0];
   for (int i = 1; i < W<T>; i++) s += v[i];
