@@ -17,8 +17,27 @@ template <class T> struct Activated {
   Vec<T> y, slope;
 };
 
+// exp(a^2 / 2) Phi(-a) for 0 <= a <= 40: a polynomial in s = (a - 5.5) / (a + 5.5), through 22
+// Chebyshev nodes, over a + 5.5. Relative error below 4e-16, most of it from rounding.
+FA_INLINE Vec<double> scaled_tail(Vec<double> a) {
+  const double c[22] = {-2.6089786072799307e-09, -5.741271549765598e-09,  2.2933730888048783e-08,
+                        5.0471537980641335e-08,  -1.7745106516978097e-07, -2.679978329902207e-07,
+                        1.4836476894253894e-06,  4.4646680155067967e-07,  -1.2118743512648596e-05,
+                        1.6319949812801757e-05,  7.141478739249692e-05,   -0.0003245226482919879,
+                        0.0002696040163971622,   0.0024429826748350683,   -0.013923510567905448,
+                        0.04509758081477901,     -0.10970308995854398,    0.21787243285796895,
+                        -0.3670490652936261,     0.5355964890624945,      -0.685183420574338,
+                        0.7737696342764068};
+  const Vec<double> share = splat(1.0) / (a + splat(5.5)), s = (a - splat(5.5)) * share;
+  Vec<double> p = splat(c[0]);
+  FA_UNROLL
+  for (int i = 1; i < 22; i++) p = fma<double>(p, s, splat(c[i]));
+  return p * share;
+}
+
 // y = x Phi(x), slope Phi(x) + x phi(x). float32: Phi by formula 7.1.26 of Abramowitz and Stegun's
-// Handbook of Mathematical Functions, |error| < 1e-7; float64: by the library's erf.
+// Handbook of Mathematical Functions, |error| < 1e-7. float64: by scaled_tail, |error| < 2e-16;
+// no library's erf, whose bits depend on the library.
 template <class T> FA_INLINE Activated<T> gelu(Vec<T> x) {
   const Vec<T> density = exp_of<T>(x * x * splat(T(-0.5)));
   Vec<T> cdf;
@@ -33,7 +52,8 @@ template <class T> FA_INLINE Activated<T> gelu(Vec<T> x) {
     tail = tail * t * density;  // Phi(-|x|)
     cdf = x < splat(T(0)) ? tail : splat(T(1)) - tail;
   } else {
-    for (int i = 0; i < W<T>; i++) cdf[i] = 0.5 * __builtin_erfc(-0.70710678118654752 * x[i]);
+    const Vec<T> tail = density * scaled_tail(min_or_second<T>(splat(T(40)), magnitude<T>(x)));
+    cdf = x < splat(T(0)) ? tail : splat(T(1)) - tail;
   }
   return {x * cdf, fma<T>(within_20<T>(x) * splat(T(0.3989422804014327)), density, cdf)};
 }
