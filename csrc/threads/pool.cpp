@@ -12,6 +12,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -44,15 +45,17 @@ void pause_cpu() {
 #endif
 }
 
-// How a thread computes, until the end of the scope. Kernels take results below the smallest normal
-// number for 0: an Intel core spends over a hundred cycles on each, and probabilities (ALiBi's of
-// far keys) and gradients have many. Operands keep what they are. Setting the mode, whatever it
-// was, also keeps the bits from depending on what the caller or PyTorch left there. Arm has no such
-// cost.
+// How a thread computes, until the end of the scope. Kernels take subnormal numbers, those below
+// the smallest normal one, for 0, as results and as operands: an Intel core spends over a hundred
+// cycles on each, and probabilities (ALiBi's of far keys) and gradients have many. Arm has no such
+// cost and one switch for results and operands; it is on for the sake of the same bits. (They
+// remain apart where a result rounds up to the smallest normal number from less than a quarter of a
+// unit below it: x86 rounds first and keeps it, Arm flushes it.) Setting the mode, whatever it was,
+// also keeps the bits from depending on what the caller or PyTorch left there.
 class ArithmeticMode {
  public:
-#ifdef __x86_64__
-  enum Mode : unsigned { unchanged = 0, ieee = 0x1f80, kernels = ieee | 0x8000 };
+#if defined(__x86_64__)
+  enum Mode : unsigned { unchanged = 0, ieee = 0x1f80, kernels = ieee | 0x8040 };
   explicit ArithmeticMode(Mode mode) : before_(_mm_getcsr()) {
     if (mode != unchanged) _mm_setcsr(mode);
   }
@@ -60,6 +63,17 @@ class ArithmeticMode {
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+  enum Mode : std::uint64_t { unchanged = ~0ull, ieee = 0, kernels = 1 << 24 };
+  explicit ArithmeticMode(Mode mode) {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    if (mode != unchanged) set(mode);
+  }
+  ~ArithmeticMode() { set(before_); }
+
+ private:
+  static void set(std::uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+  std::uint64_t before_;
 #else
   enum Mode { unchanged, ieee, kernels };
   explicit ArithmeticMode(Mode) {}

@@ -47,11 +47,12 @@ FA_INLINE Vec<float> widen(Halves h, Half) {
 #elif defined(__aarch64__)
   return (Vec<float>)vcvt_f32_f16((float16x4_t)h);
 #else
-  const Words w = __builtin_convertvector(h, Words);
-  // Moving the exponent by a product is right for subnormal numbers too.
-  const Words magnitude = (Words)((Vec<float>)((w & 0x7fff) << 13) * splat(0x1p112f));
-  return (Vec<float>)(((w & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : magnitude) |
-                      ((w & 0x8000) << 16));
+  const Words w = __builtin_convertvector(h, Words), magnitude = w & 0x7fff;
+  const Words normal = (magnitude << 13) + (112u << 23);
+  const Words subnormal =
+      (Words)((Vec<float>)(magnitude + 0x3f000000) - splat(0.5f));  // see narrow
+  const Words finite = magnitude < 0x400 ? subnormal : normal;
+  return (Vec<float>)((magnitude >= 0x7c00 ? normal | 0x7f800000 : finite) | ((w & 0x8000) << 16));
 #endif
 }
 FA_INLINE Halves narrow(Vec<float> x, Half) {
