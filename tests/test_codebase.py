@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "_runtime": {"_core"},
     "_faces": {"_core", "_kvcache", "_rules"},
     "_kvcache": {"_core", "_rules", ""},
-    "_states": set(),
+    "_states": {"_core"},
     "_whole": set(),
     "": {
         "_attention",

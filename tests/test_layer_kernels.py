@@ -152,11 +152,12 @@ def activations(x):
         "relu": (np.maximum(x, 0), (x > 0) * 1.0),
         "gelu": (x * cdf, cdf + x * density),
         "gelu_tanh": (0.5 * x * (1 + t), slope),
+        "tanh": (np.tanh(x), 1 - np.tanh(x) ** 2),
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("then", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("then", ["relu", "gelu", "gelu_tanh", "tanh"])
 def test_activations(isa, dtype, then):
     x = np.concatenate([np.linspace(-13, 13, 3001), [0.0, -0.0, 1e-30, -1e-30]]).astype(dtype)
     y, slope = activate(x[:, None], then)
@@ -179,6 +180,14 @@ def test_activations_at_the_ends(isa, then):
     np.testing.assert_array_equal(y[0, 1:3], x[0, 1:3])
     assert y[0, 3] == 0.0
     np.testing.assert_array_equal(slope[0, 2:], [1, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tanh_keeps_its_digits_and_ends_at_one(isa, dtype):
+    x = np.array([[1e-30, -1e-9, 1e-3, 0.14, -0.0, np.inf, -1e30, np.nan]], dtype)
+    y, slope = activate(x, "tanh")
+    np.testing.assert_allclose(y, np.tanh(x), rtol=4 * np.finfo(dtype).eps)
+    np.testing.assert_array_equal(slope[0, 4:7], [1, 0, 0])
 
 
 def test_times(isa):
@@ -351,7 +360,7 @@ A, B = np.ones((4, 3), np.float32), np.ones((3, 5), np.float32)
         (lambda: product(A, A), ValueError, r"^b: expected shape \(3, 3\), got \(4, 3\)"),
         (lambda: product(A, B, bias=A[0]), ValueError, r"^bias: expected shape \(5,\)"),
         (lambda: product(A[::2, ::2], B[::2]), ValueError, "^a: expected rows or columns without"),
-        (lambda: product(A, B, then="tanh"), ValueError, "^then: expected 'nothing', .*'tanh'"),
+        (lambda: product(A, B, then="sinh"), ValueError, "^then: expected 'nothing', .*'sinh'"),
         (lambda: product(A, B, then="times"), ValueError, "^slope: expected an array for 'times'"),
         (lambda: product(A, B, row_sums=A[:, 0].copy()), ValueError, "^row_sums: expected an a"),
         (

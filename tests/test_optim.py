@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import fusedattn
 from fusedattn.nn import flatten
 from fusedattn.optim import SCHEDULES, AdamW, clip_scale, global_norm
 
@@ -45,6 +46,21 @@ def test_clipping():
     assert clip_scale(5.0, 1.0) == 0.2
     assert clip_scale(0.5, 1.0) == 1.0
     assert clip_scale(5.0, None) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_norm_of_many_gradients_is_near_and_the_same_on_any_number_of_threads(dtype):
+    g = np.random.default_rng(0).standard_normal((1000, 333)).astype(dtype)
+    grads = {"a": g, "b": g[:3, :7], "c": g[0, :0]}
+    exact = math.sqrt(sum(math.fsum(x.astype(np.float64).reshape(-1) ** 2) for x in grads.values()))
+    norms = []
+    before = fusedattn.get_num_threads()
+    for threads in (1, 2, 5):
+        fusedattn.set_num_threads(threads)
+        norms.append(global_norm(grads))
+    fusedattn.set_num_threads(before)
+    assert math.isclose(norms[0], exact, rel_tol=8 * np.finfo(dtype).eps)
+    assert norms[1:] == norms[:1] * 2
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

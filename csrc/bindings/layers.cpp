@@ -98,8 +98,10 @@ Then then_of(const std::string& name) {
   if (name == "relu") return Then::relu;
   if (name == "gelu") return Then::gelu;
   if (name == "gelu_tanh") return Then::gelu_tanh;
+  if (name == "tanh") return Then::tanh;
   if (name == "times") return Then::times;
-  wrong_value("then", "'nothing', 'relu', 'gelu', 'gelu_tanh' or 'times'", "'" + name + "'");
+  wrong_value("then", "'nothing', 'relu', 'gelu', 'gelu_tanh', 'tanh' or 'times'",
+              "'" + name + "'");
 }
 
 void product(H a, H b, H c, H bias, H added, H slope, H row_sums, const std::string& then) {
@@ -186,6 +188,15 @@ void adamw(H p, H g, H m, H v, double scale, double b1, double b2, double rate, 
   all.run([&](const Run& run) { return run_adamw(run, a, n); });
 }
 
+double sum_of_squares(H x) {
+  const Operands all("x", x);
+  const index_t n = index_t(array_of("x", x).size());
+  const void* data = all.vector("x", x, n, false);
+  double sum = 0;
+  all.run([&](const Run& run) { return run_sum_of_squares(run, data, n, sum); });
+  return sum;
+}
+
 void log_sum_exp(H x, H lse) {
   const Operands all("x", x);
   const Shape s = matrix_shape("x", x);
@@ -252,9 +263,8 @@ void drop_rows(H x, H added, H y, std::uint64_t seed, std::uint32_t threshold, d
 void bind_layers(py::module_& m) {
   using py::literals::operator""_a;
   m.def("product", &product,
-        "c = then(added + bias + a b) with then 'nothing', 'relu', 'gelu' or 'gelu_tanh', whose "
-        "slope\n"
-        "goes to slope; or 'times' slope. The sums of a's rows go to row_sums.",
+        "c = then(added + bias + a b) with then 'nothing', 'relu', 'gelu', 'gelu_tanh' or 'tanh',\n"
+        "whose slope goes to slope; or 'times' slope. The sums of a's rows go to row_sums.",
         "a"_a, "b"_a, "c"_a, "bias"_a, "added"_a, "slope"_a, "row_sums"_a, "then"_a);
   m.def("activate", &activate, "y = then(y) in place; its slope goes to slope.", "y"_a, "slope"_a,
         "then"_a);
@@ -267,6 +277,9 @@ void bind_layers(py::module_& m) {
         "p = p * shrink - rate * m / (sqrt(v) * root + eps).",
         "p"_a, "g"_a, "m"_a, "v"_a, "scale"_a, "b1"_a, "b2"_a, "rate"_a, "root"_a, "shrink"_a,
         "eps"_a);
+  m.def("sum_of_squares", &sum_of_squares,
+        "The sum of the squares of x in float64, in an order that does not depend on the CPU.",
+        "x"_a);
   m.def("log_sum_exp", &log_sum_exp, "lse = log(sum(exp(x))) for each row.", "x"_a, "lse"_a);
   m.def("softmax_gradient", &softmax_gradient, "dx = exp(x - lse) * share for each row.", "x"_a,
         "lse"_a, "share"_a, "dx"_a);

@@ -9,7 +9,7 @@ namespace fusedattn {
 
 // What a product does to its sums: an activation, whose slope it can keep for the backward pass, or
 // the product with such a slope.
-enum class Then { nothing, relu, gelu, gelu_tanh, times };
+enum class Then { nothing, relu, gelu, gelu_tanh, tanh, times };
 
 // c = then(added + bias + a b).
 struct Product {
@@ -95,6 +95,7 @@ struct LayerKernels {
   void (*layer_norm)(const LayerNorm&, index_t begin, index_t end);
   void (*layer_norm_backward)(const LayerNormBackward&, index_t begin, index_t end);
   void (*adamw)(const AdamW&, index_t begin, index_t end);  // of elements
+  double (*sum_of_squares)(const void* elements, index_t begin, index_t end);
   void (*log_sum_exp)(const Softmax&, index_t begin, index_t end);
   void (*softmax_gradient)(const Softmax&, index_t begin, index_t end);
   void (*gather)(const Gather&, index_t begin, index_t end);

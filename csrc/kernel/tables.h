@@ -13,6 +13,7 @@
 #include "kernel/layers/layer_norm.h"
 #include "kernel/layers/product.h"
 #include "kernel/layers/softmax.h"
+#include "kernel/layers/squares.h"
 #include "kernel/vector/limits.h"
 
 namespace fusedattn {
@@ -50,6 +51,7 @@ constexpr LayerKernels layer_kernels{.rows_at_once = 256,
                                      .layer_norm = layer_norm<T>,
                                      .layer_norm_backward = layer_norm_backward<T>,
                                      .adamw = adamw<T>,
+                                     .sum_of_squares = sum_of_squares<T>,
                                      .log_sum_exp = log_sum_exp<T>,
                                      .softmax_gradient = softmax_gradient<T>,
                                      .gather = gather<T>,

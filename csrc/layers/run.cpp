@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "isa/dispatch.h"
@@ -111,6 +112,16 @@ bool run_layer_norm_backward(const Run& run, const LayerNormBackward& n, index_t
 bool run_adamw(const Run& run, const AdamW& a, index_t elements) {
   return over_rows(run, elements, 1,
                    [&](index_t begin, index_t end) { kernels_for(run).adamw(a, begin, end); });
+}
+
+// Partial sums of every TASK_ELEMENTS elements, added in their order.
+bool run_sum_of_squares(const Run& run, const void* x, index_t elements, double& sum) {
+  std::vector<double> partial(std::size_t(pieces_of(elements, TASK_ELEMENTS)));
+  const bool done = over_rows(run, elements, 1, [&](index_t begin, index_t end) {
+    partial[std::size_t(begin / TASK_ELEMENTS)] = kernels_for(run).sum_of_squares(x, begin, end);
+  });
+  sum = std::accumulate(partial.begin(), partial.end(), 0.0);
+  return done;
 }
 
 bool run_log_sum_exp(const Run& run, const Softmax& s, index_t rows) {

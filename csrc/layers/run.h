@@ -22,6 +22,7 @@ bool run_activate(const Run& run, const Product& p);  // c in place, by `then`
 bool run_layer_norm(const Run& run, const LayerNorm& n, index_t rows);
 bool run_layer_norm_backward(const Run& run, const LayerNormBackward& n, index_t rows);
 bool run_adamw(const Run& run, const AdamW& a, index_t elements);
+bool run_sum_of_squares(const Run& run, const void* x, index_t elements, double& sum);
 bool run_log_sum_exp(const Run& run, const Softmax& s, index_t rows);
 bool run_softmax_gradient(const Run& run, const Softmax& s, index_t rows);
 bool run_gather(const Run& run, const Gather& g, index_t rows);

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedattn import _core
+
 __all__ = ["merge_attention_states", "merge_attention_states_backward"]
 
 Array = NDArray[Any]
@@ -154,14 +156,21 @@ def _states(outs: Any, lses: Any, layout: str) -> tuple[list[Array], list[Array]
 
 
 def _weights(lses: list[Array]) -> tuple[Array, Array]:
-    """exp(lse_n - lse) of each state, (N, ..., H, Sq), and lse."""
-    x = np.stack(lses)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        top = x.max(axis=0)
-        top = np.where(np.isneginf(top), x.dtype.type(0), top)
-        weights = np.exp(x - top)
-        total = weights.sum(axis=0)
-        return weights / np.where(total == 0, x.dtype.type(1), total), top + np.log(total)
+    """exp(lse_n - lse) of each state, (N, ..., H, Sq), and lse.
+
+    By the core's softmax: the bits of NumPy's exp and log depend on the CPU.
+    """
+    x = np.stack(lses, axis=-1)
+    with np.errstate(invalid="ignore"):
+        top = x.max(axis=-1)
+        unseen = np.isneginf(top)
+        x -= np.where(unseen, x.dtype.type(0), top)[..., None]
+    rows = x.reshape(-1, len(lses))
+    log_total = np.empty(len(rows), x.dtype)
+    _core.log_sum_exp(rows, log_total)
+    _core.softmax_gradient(rows, log_total, np.ones_like(log_total), rows)
+    lse = np.where(unseen, x.dtype.type(-np.inf), top + log_total.reshape(top.shape))
+    return np.moveaxis(x, -1, 0), lse
 
 
 def _selected(lse: Array, weight: Array, rows: Array, layout: str) -> Array:

@@ -74,7 +74,7 @@ def cross_entropy(
     picked = (logits[rows, chosen] - lse[rows]) * weights[chosen]
     loss = a * float(picked.sum(dtype=np.float64))
     if label_smoothing:
-        smooth = logits[rows] @ weights - lse[rows] * weights.sum()
+        smooth = (logits[rows] * weights).sum(axis=1) - lse[rows] * weights.sum()
         loss += b * float(smooth.sum(dtype=np.float64))
 
     def vjp(dloss: float) -> Array:
@@ -107,7 +107,7 @@ def _checked(class_weights: Array | Sequence[float] | None, classes: int, dtype:
 def binary_cross_entropy(logits: Array, labels: Array) -> tuple[float, Callable[[float], Array]]:
     """Mean of -t log sigmoid(z) - (1 - t) log(1 - sigmoid(z)), in nats.
 
-    Computed as max(z, 0) - z t + log(1 + exp(-|z|)), which overflows nowhere.
+    Computed in float64 as max(z, 0) - z t + log(1 + exp(-|z|)), which overflows nowhere.
 
     Parameters
     ----------
@@ -130,17 +130,24 @@ def binary_cross_entropy(logits: Array, labels: Array) -> tuple[float, Callable[
     """
     if labels.shape != logits.shape and (*labels.shape, 1) != logits.shape:
         raise ValueError(f"labels: expected shape {logits.shape}, got {labels.shape}")
-    t = labels.reshape(logits.shape).astype(logits.dtype)
+    t = labels.reshape(logits.shape).astype(np.float64)
     if t.size and not (t.min() >= 0 and t.max() <= 1):
         raise ValueError(f"labels: expected values in [0, 1], got {t.min()} to {t.max()}")
-    small = np.exp(-np.abs(logits))
-    each = np.maximum(logits, 0) - logits * t + np.log1p(small)
-    scale = 1.0 / max(1, logits.size)
+    # By the core's softmax over the pair (0, -|z|), since NumPy's exp depends on the CPU.
+    z = logits.astype(np.float64)
+    pairs = np.zeros((z.size, 2))
+    pairs[:, 1] = -np.abs(z.reshape(-1))
+    lse = np.empty(z.size)
+    _core.log_sum_exp(pairs, lse)
+    each = np.maximum(z, 0.0) - z * t + lse.reshape(z.shape)
+    scale = 1.0 / max(1, z.size)
 
     def vjp(dloss: float) -> Array:
-        d: Array = np.where(logits >= 0, 1.0, small) / (1.0 + small)  # sigmoid
-        d -= t
-        d *= dloss * scale
+        shares = np.empty_like(pairs)  # 1 and exp(-|z|), over their sum
+        _core.softmax_gradient(pairs, lse, np.ones_like(lse), shares)
+        larger, smaller = shares.T.reshape(2, *z.shape)
+        sigmoid = np.where(z >= 0.0, larger, smaller)
+        d: Array = ((sigmoid - t) * (dloss * scale)).astype(logits.dtype)
         return d
 
-    return float(each.sum(dtype=np.float64)) * scale, vjp
+    return float(each.sum()) * scale, vjp

@@ -96,8 +96,7 @@ class AdamW:
 
 def global_norm(grads: Params) -> float:
     """The Euclidean norm of all the gradients together."""
-    flat = (g.reshape(-1) for _, g in leaves(grads))
-    return math.sqrt(sum(float(np.dot(g, g)) for g in flat))
+    return math.sqrt(sum(_core.sum_of_squares(g.reshape(-1)) for _, g in leaves(grads)))
 
 
 def clip_scale(norm: float, max_norm: float | None) -> float:

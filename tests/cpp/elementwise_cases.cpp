@@ -109,19 +109,23 @@ template <class T> Results adamw(const Run& run, index_t n) {
   a.m = m.data();
   a.v = v.data();
   a.g = g.data();
-  if (!run_adamw(run, a, n)) return {};
-  return {{"p", widened(p)}, {"m", widened(m)}, {"v", widened(v)}};
+  double squares = 0;
+  if (!run_adamw(run, a, n) || !run_sum_of_squares(run, g.data(), n, squares)) return {};
+  return {{"p", widened(p)}, {"m", widened(m)}, {"v", widened(v)}, {"squares of g", {squares}}};
 }
 Results adamw_expected(index_t n) {
   const AdamInputs in = adam_inputs(n);
-  Results all{{"p", in.p}, {"m", in.m}, {"v", in.v}};
+  Results all{{"p", in.p}, {"m", in.m}, {"v", in.v}, {"squares of g", {}}};
+  long double squares = 0;
   for (std::size_t i = 0; i < in.p.size(); i++) {
     double &p = all[0].values[i], &m = all[1].values[i], &v = all[2].values[i];
     const double g = in.g[i] * ADAM.scale;
+    squares += static_cast<long double>(in.g[i]) * in.g[i];
     m += (1 - ADAM.b1) * (g - m);
     v += (1 - ADAM.b2) * (g * g - v);
     p = p * ADAM.shrink - ADAM.rate * m / (std::sqrt(v) * ADAM.root + ADAM.eps);
   }
+  all[3].values.push_back(double(squares));
   return all;
 }
 

@@ -22,6 +22,8 @@ const char* name_of_then(Then then) {
       return "gelu";
     case Then::gelu_tanh:
       return "gelu_tanh";
+    case Then::tanh:
+      return "tanh";
     case Then::times:
       return "times";
     case Then::nothing:
@@ -44,6 +46,7 @@ Point activated(Then then, double x) {
     const double c = sqrt2 * inv_sqrt_pi, t = std::tanh(c * (x + 0.044715 * x * x * x));
     return {x * (1 + t) / 2, (1 + t) / 2 + x * (1 - t * t) / 2 * c * (1 + 3 * 0.044715 * x * x)};
   }
+  if (then == Then::tanh) return {std::tanh(x), 1 - std::tanh(x) * std::tanh(x)};
   return {x, 1};
 }
 
@@ -154,7 +157,8 @@ Results activate_expected(Then then) {
     const Point p = activated(then, x[i]);
     all[i + 2 * std::size(FAR) < x.size() ? 0 : 1].values.push_back(p.y);
     // The formula of gelu_tanh's slope is 0 times infinity far out.
-    all[2].values.push_back(std::fabs(x[i]) < 20 ? p.slope : x[i] > 0);
+    const bool near = std::fabs(x[i]) < 20 || then == Then::tanh;
+    all[2].values.push_back(near ? p.slope : x[i] > 0);
   }
   return all;
 }
@@ -162,7 +166,8 @@ Results activate_expected(Then then) {
 }  // namespace
 
 std::vector<LayerCase> product_cases() {
-  constexpr Then all[] = {Then::nothing, Then::relu, Then::gelu, Then::gelu_tanh, Then::times};
+  constexpr Then all[] = {Then::nothing,   Then::relu, Then::gelu,
+                          Then::gelu_tanh, Then::tanh, Then::times};
   std::vector<LayerCase> cases;
   const auto add = [&](Shape s, Options o) {
     const auto in = [=] { return draw(s, std::uint64_t(s.m * 1000 + s.n + s.k)); };
@@ -185,7 +190,7 @@ std::vector<LayerCase> product_cases() {
       add(s, {transposed, false, true, false, true, Then::times});
       add(s, {false, transposed, false, true, false, Then::nothing});
     }
-  for (const Then then : {Then::relu, Then::gelu, Then::gelu_tanh})
+  for (const Then then : {Then::relu, Then::gelu, Then::gelu_tanh, Then::tanh})
     cases.push_back(layer_case(
         std::string("activate_") + name_of_then(then),
         [=]<class T>(const Run& run) { return activate<T>(run, then); },

@@ -3,6 +3,7 @@
 
 #include "kernel/layer_task.h"
 #include "kernel/layers/columns.h"
+#include "kernel/vector/tanh.h"
 
 namespace fusedattn {
 namespace {
@@ -71,6 +72,11 @@ template <class T> FA_INLINE Activated<T> gelu_tanh(Vec<T> x) {
   return {x * s, fma<T>(z * du, larger * smaller, s)};
 }
 
+template <class T> FA_INLINE Activated<T> tanh_activation(Vec<T> x) {
+  const Vec<T> y = tanh<T>(x);
+  return {y, splat(T(1)) - y * y};
+}
+
 // max(x, 0); the slope at 0 is 0. NaN stays.
 template <class T> FA_INLINE Activated<T> relu(Vec<T> x) {
   const Vec<T> zero{};
@@ -102,6 +108,8 @@ template <class T, int N> FA_INLINE void activate(Then then, Vec<T> (&x)[N], T* 
       return activate_by([](Vec<T> v) FA_LAMBDA { return gelu<T>(v); });
     case Then::gelu_tanh:
       return activate_by([](Vec<T> v) FA_LAMBDA { return gelu_tanh<T>(v); });
+    case Then::tanh:
+      return activate_by([](Vec<T> v) FA_LAMBDA { return tanh_activation<T>(v); });
     case Then::times:
       each([&](int v, index_t at, int lanes)
                FA_LAMBDA { x[v] = x[v] * load_lanes(slope + at, lanes); });

@@ -1,8 +1,8 @@
 // 2^t for vectors. t = n + f with n an integer and f in [-1/2, 1/2]; a minimax polynomial (Remez,
 // relative error, constant term 1) for 2^f; the exponent added by hand. Relative error below 2.1
 // ulp in float32, 1.1 ulp in float64. -inf gives exactly 0, NaN stays NaN, results below the
-// smallest normal number are 0. From t = 127.5 (1023.5 in float64) on instruction sets differ: only a
-// log-sum-exp that is not that of its logits leads there.
+// smallest normal number are 0. From t = 127.5 (1023.5 in float64) on instruction sets differ: only
+// a log-sum-exp that is not that of its logits leads there.
 #pragma once
 
 #include "kernel/vector/vec.h"

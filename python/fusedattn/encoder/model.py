@@ -98,9 +98,11 @@ class Encoder:
         """
         out = np.empty((len(texts), self.config.hidden_size), np.float32)
         for chosen, batch in self.batches(texts, batch_size, show_progress_bar):
-            out[chosen] = POOLINGS[self.pooling]({}, self.infer(batch), batch.cu_seqlens)[0]
-        if self.normalize or normalize_embeddings:
-            out /= np.maximum(np.sqrt(np.vecdot(out, out)), 1e-12)[:, None]
+            pooled = POOLINGS[self.pooling]({}, self.infer(batch), batch.cu_seqlens)[0]
+            if self.normalize or normalize_embeddings:  # no dot, whose bits depend on the CPU
+                length = np.sqrt(np.square(pooled).sum(axis=1, keepdims=True))
+                pooled = pooled / np.maximum(length, 1e-12)
+            out[chosen] = pooled
         return out
 
     def batches(

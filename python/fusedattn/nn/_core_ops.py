@@ -53,7 +53,7 @@ def product(
     bias : array (n,), optional
     added : array (m, n), optional
     then : str, default "nothing"
-        "relu", "gelu" or "gelu_tanh"; or "times", the product with `slope`.
+        "relu", "gelu", "gelu_tanh" or "tanh"; or "times", the product with `slope`.
     slope : array (m, n), optional
         Written by an activation: its derivative.
     row_sums : array (m,), optional

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from fusedattn.nn._core_ops import activate
 from fusedattn.nn._types import VJP, Array, Params, Rng
 
 
@@ -22,12 +21,8 @@ def tanh(params: Params, x: Array) -> tuple[Array, VJP]:
     vjp : callable
         dy (T, width) -> ({}, dx).
     """
-    y = np.tanh(x)
-
-    def vjp(dy: Array) -> tuple[Params, Array]:
-        return {}, dy * (1.0 - y * y)
-
-    return y, vjp
+    y, slope = activate(x, "tanh")
+    return y, lambda dy: ({}, dy * slope)
 
 
 def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
