@@ -15,6 +15,7 @@
 #pragma once
 
 #include "kernel/amx/cut.h"
+#include "kernel/amx/pace.h"
 #include "kernel/layers/product.h"
 
 namespace fusedattn {
@@ -88,18 +89,13 @@ FA_NOINLINE void cut_band_of_b(const Matrix& b, index_t k0, index_t depth, index
 
 // ---- products ----
 
-// How many products of tiles make rows x columns sums over so many steps.
-FA_INLINE index_t products_of_tiles(index_t rows, index_t columns, index_t steps) {
-  return up_to(rows, TILE) / TILE * (up_to(columns, TILE) / TILE) * piece_order<3, 3>().n * steps;
-}
-
 // A piece of k for one band of columns.
 struct BandPlace {
   index_t j, columns, k0, depth;
   bool first, done;
 };
 // Sums on their way to C, a row for each step.
-struct BandSums : Paced {
+struct BandSums {
   const Product* p;
   BandPlace at;
   index_t i, rows, row;  // the first one's number, how many there are, the next one
@@ -164,8 +160,9 @@ template <int NJ> FA_INLINE void finish_row(BandSums& s) {
   if (with.before)
     each([&](Vec<float>& sum, index_t at, int lanes)
              FA_LAMBDA { sum += load_lanes(with.before + at, lanes); });
+  float* slope = p.slope.data ? row_of<float>(p.slope, i) + j : nullptr;
   if (s.at.done)
-    activate<float>(p.then, x, p.slope.data ? row_of<float>(p.slope, i) + j : nullptr, last);
+    with_then(p.then, [&]<Then THEN>() FA_LAMBDA { activate<float, THEN>(x, slope, last); });
   each([&](Vec<float> sum, index_t at, int lanes) FA_LAMBDA { store_lanes(c + at, sum, lanes); });
 }
 // For the line of C to be there in time. Rows are often a multiple of 4096 bytes apart and share a
@@ -176,10 +173,8 @@ FA_INLINE void expect_row(const Matrix& m, index_t i, index_t j) {
   __builtin_prefetch(at, 1, 3);
   __builtin_prefetch(at + 64, 1, 3);
 }
-FA_NOINLINE void finish_next(Paced& steps) {
-  BandSums& s = static_cast<BandSums&>(steps);
+FA_NOINLINE void finish_next(BandSums& s) {
   const Product& p = *s.p;
-  step_taken(s);
   if (s.at.columns > TILE)
     finish_row<2>(s);
   else
@@ -188,6 +183,23 @@ FA_NOINLINE void finish_next(Paced& steps) {
   if (p.slope.data && s.at.done) expect_row(p.slope, s.i + s.row + ROWS_AHEAD, s.at.j);
   s.row++;
 }
+
+FA_NOINLINE void finish_rows(BandSums& s) {
+  while (s.row < s.rows) finish_next(s);
+}
+// Beside the products of a band a row of the sums before becomes one of C at each call, as long as
+// there is one: 32 of them do not fill the products.
+struct FinishRows {
+  static constexpr bool often = true;
+  Fetcher& fetcher;
+  BandSums& last;
+  FA_INLINE_MEMBER void operator()(int) {
+    if (last.row < last.rows) finish_next(last);
+    fetch(fetcher);
+  }
+};
+inline constexpr index_t CALLS =
+    2 * piece_order<3, 3>().n;  // of it for DEPTH numbers along the sum
 
 // Scratch of one task.
 struct TiledProductScratch {
@@ -212,14 +224,13 @@ FA_NOINLINE void product_band(const Product& p, const BandPlace& at, const char*
   for (index_t i = 0; i < c.rows; i += BAND, a += a_band) {
     const index_t rows = min_index(BAND, c.rows - i);
     float* sums = last.sums == own.sums[0] ? own.sums[1] : own.sums[0];
-    start_steps(last, products_of_tiles(rows, at.columns, steps));
     with_tiles(rows, at.columns, [&]<int MI, int NJ>() FA_LAMBDA {
       stepped_product<3, 3, MI, NJ>({const_cast<char*>(a), 64, PIECE_BYTES}, STEP_BYTES, b_band,
                                     STEP_BYTES, steps, sums, BAND * sizeof(float),
-                                    FetchAndStep{fetcher, last});
+                                    FinishRows{fetcher, last});
     });
-    finish_steps(last, false);
-    last = {{rows, 0, 0, finish_next}, &p, at, c.i0 + i, rows, 0, sums, own.copy, false};
+    finish_rows(last);
+    last = {&p, at, c.i0 + i, rows, 0, sums, own.copy, false};
   }
 }
 
@@ -242,13 +253,12 @@ FA_ENTRY void product_tiled(const Product& p, index_t i0, index_t rows, index_t 
       const index_t columns = min_index(BAND, j1 - j);
       cut_band_of_b(p.b, k0, n, j, columns, own.copy, own.b);
       fetch_next_blocks<float>(fetcher, p, c, k0, depth, j, BAND);
-      start_fetching(fetcher, products_of_tiles(rows, columns, up_to(n, DEPTH) / DEPTH),
-                     LINES_AT_ONCE);
+      start_fetching(fetcher, bands_of(rows) * up_to(n, DEPTH) / DEPTH * CALLS, LINES_AT_ONCE);
       product_band(p, {j, columns, k0, n, k0 == 0, k0 + n == p.k}, own.a, a_band, c, own, fetcher,
                    last);
     }
   }
-  finish_steps(last, false);
+  finish_rows(last);
 }
 
 // Narrow and shallow products gain nothing. The number of rows must not matter.

@@ -83,36 +83,47 @@ template <class T> FA_INLINE Activated<T> relu(Vec<T> x) {
   return {x <= zero ? zero : x, x <= zero ? zero : splat(T(1))};
 }
 
-// N vectors x of a row of C, the last of them `last` lanes wide, become what `then` makes of them.
+// Calls f<then>(), or nothing where nothing is to be done.
+template <class F> FA_INLINE void with_then(Then then, F&& f) {
+  switch (then) {
+    case Then::nothing:
+      return;
+    case Then::relu:
+      return f.template operator()<Then::relu>();
+    case Then::gelu:
+      return f.template operator()<Then::gelu>();
+    case Then::gelu_tanh:
+      return f.template operator()<Then::gelu_tanh>();
+    case Then::tanh:
+      return f.template operator()<Then::tanh>();
+    case Then::times:
+      return f.template operator()<Then::times>();
+  }
+}
+template <class T, Then THEN> FA_INLINE Activated<T> activated(Vec<T> x) {
+  if constexpr (THEN == Then::relu) return relu<T>(x);
+  if constexpr (THEN == Then::gelu) return gelu<T>(x);
+  if constexpr (THEN == Then::gelu_tanh) return gelu_tanh<T>(x);
+  if constexpr (THEN == Then::tanh) return tanh_activation<T>(x);
+}
+// N vectors x of a row of C, the last of them `last` lanes wide, become what THEN makes of them.
 // slope: of an activation, kept for the backward pass unless it is null; or what is multiplied by.
 // All vectors go through a step before any goes on, so that their latencies overlap.
-template <class T, int N> FA_INLINE void activate(Then then, Vec<T> (&x)[N], T* slope, int last) {
+template <class T, Then THEN, int N> FA_INLINE void activate(Vec<T> (&x)[N], T* slope, int last) {
   const auto each = [&](auto&& f) FA_LAMBDA {
     FA_UNROLL
     for (int v = 0; v < N; v++) f(v, v * W<T>, v == N - 1 ? last : W<T>);
   };
-  const auto activate_by = [&](auto&& f) FA_LAMBDA {
-    Activated<T> y[N];
-    each([&](int v, index_t, int) FA_LAMBDA { y[v] = f(x[v]); });
-    each([&](int v, index_t, int) FA_LAMBDA { x[v] = y[v].y; });
-    if (!slope) return;
+  if constexpr (THEN == Then::times) {
     each([&](int v, index_t at, int lanes)
-             FA_LAMBDA { store_lanes(slope + at, y[v].slope, lanes); });
-  };
-  switch (then) {
-    case Then::nothing:
-      break;
-    case Then::relu:
-      return activate_by([](Vec<T> v) FA_LAMBDA { return relu<T>(v); });
-    case Then::gelu:
-      return activate_by([](Vec<T> v) FA_LAMBDA { return gelu<T>(v); });
-    case Then::gelu_tanh:
-      return activate_by([](Vec<T> v) FA_LAMBDA { return gelu_tanh<T>(v); });
-    case Then::tanh:
-      return activate_by([](Vec<T> v) FA_LAMBDA { return tanh_activation<T>(v); });
-    case Then::times:
+             FA_LAMBDA { x[v] = x[v] * load_lanes(slope + at, lanes); });
+  } else {
+    Activated<T> y[N];
+    each([&](int v, index_t, int) FA_LAMBDA { y[v] = activated<T, THEN>(x[v]); });
+    each([&](int v, index_t, int) FA_LAMBDA { x[v] = y[v].y; });
+    if (slope)
       each([&](int v, index_t at, int lanes)
-               FA_LAMBDA { x[v] = x[v] * load_lanes(slope + at, lanes); });
+               FA_LAMBDA { store_lanes(slope + at, y[v].slope, lanes); });
   }
 }
 
@@ -120,15 +131,17 @@ template <class T, int N> FA_INLINE void activate(Then then, Vec<T> (&x)[N], T* 
 template <class T>
 FA_NOINLINE void activate_tile(const Product& p, index_t i0, index_t rows, index_t j,
                                index_t columns) {
-  for (index_t i = i0; i < i0 + rows; i++) {
-    T* c = row_of<T>(p.c, i) + j;
-    T* slope = p.slope.data ? row_of<T>(p.slope, i) + j : nullptr;
-    for_columns<T>(columns, [&](index_t at, int lanes) FA_LAMBDA {
-      Vec<T> x[1] = {load_lanes(c + at, lanes)};
-      activate<T>(p.then, x, slope ? slope + at : nullptr, lanes);
-      store_lanes(c + at, x[0], lanes);
-    });
-  }
+  with_then(p.then, [&]<Then THEN>() FA_LAMBDA {
+    for (index_t i = i0; i < i0 + rows; i++) {
+      T* c = row_of<T>(p.c, i) + j;
+      T* slope = p.slope.data ? row_of<T>(p.slope, i) + j : nullptr;
+      for_columns<T>(columns, [&](index_t at, int lanes) FA_LAMBDA {
+        Vec<T> x[1] = {load_lanes(c + at, lanes)};
+        activate<T, THEN>(x, slope ? slope + at : nullptr, lanes);
+        store_lanes(c + at, x[0], lanes);
+      });
+    }
+  });
 }
 
 template <class T> FA_ENTRY void activate_rows(const Product& p, index_t begin, index_t end) {

@@ -170,8 +170,14 @@ FA_INLINE void write_tile(const Product& p, Vec<T> (&acc)[NI][NJ], index_t i, in
       if (r >= rows) break;
       Vec<T> x = acc[r][v];
       if (with.bias) x += b;
-      if (with.before) x += load_lanes(with.before + r * with.before_row + v * W<T>, lanes);
-      store_lanes(c + r * c_row + v * W<T>, x, lanes);
+      const T* y = with.before + r * with.before_row + v * W<T>;
+      if (lanes == W<T>) {  // apart: or GCC 12 keeps a sum of multiply_panel's in memory on AVX2
+        if (with.before) x += load(y);
+        store(c + r * c_row + v * W<T>, x);
+      } else {
+        if (with.before) x += load_n(y, lanes);
+        store_n(c + r * c_row + v * W<T>, x, lanes);
+      }
     }
   }
   if (done && p.then != Then::nothing)
