@@ -1,6 +1,6 @@
 // Work that is spread over the products of tiles: the unit for tiles multiplies on its own, 16
 // cycles for each product, and the vector units are free meanwhile. There run steps of vector code
-// (rules and exponentials, or what becomes of sums), and there the lines of what comes next are
+// (rules and exponentials), and there the lines of what comes next are
 // fetched: at 128 queries and keys of 64 numbers half of backward's time went by waiting for DRAM;
 // fetched beside exponentials alone, the same lines would cost forward a tenth of its time.
 #pragma once
