@@ -1,9 +1,7 @@
 """Frozen parameters: no gradients, none made, nothing below; and the same bits for all others."""
 
 import contextlib
-import copy
-import importlib
-import pkgutil
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -11,11 +9,11 @@ import pytest
 
 from fusedattn import _core, nn
 from fusedattn.encoder import Encoder, EncoderConfig, MaskedLM, TextClassifier
-from fusedattn.nn import Frozen, flatten, freezing, learns, unflatten
+from fusedattn.nn import Frozen, flatten, freezing, learns
 from fusedattn.text import IGNORE, Dataset, pack
 from fusedattn.train import Trainer, TrainingConfig
+from tests.layer_cases import CASES
 
-LAYERS = [m.name for m in pkgutil.iter_modules(nn.__path__) if not m.name.startswith("_")]
 CONFIG = EncoderConfig(
     vocab_size=40,
     hidden_size=48,
@@ -30,16 +28,14 @@ def names_of(params, *beginnings):
     return {name for name in flatten(params) if name.startswith(beginnings)}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_leaves_out_what_is_frozen_and_nothing_else_changes(name):
+@pytest.mark.parametrize("case", [case for case in CASES if case.batch == "packed"], ids=str)
+def test_a_layer_leaves_out_what_is_frozen_and_nothing_else_changes(case):
     """Each dict of a layer's parameters in turn, and then all of them."""
-    module = importlib.import_module(f"fusedattn.nn.{name}")
-    start, args, options = module.example(np.random.default_rng(0))
-    params = {"layer": unflatten({n: p.astype(np.float64) for n, p in flatten(start).items()})}
+    call = case.call()
+    params = {"layer": call.params}
 
     def gradients():
-        layer = getattr(module, name)
-        y, vjp = layer(params.get("layer", {}), *args, **copy.deepcopy(options))
+        y, vjp = case.run(dataclasses.replace(call, params=params["layer"]))
         return vjp(np.random.default_rng(7).standard_normal(y.shape))
 
     whole, *expected = gradients()

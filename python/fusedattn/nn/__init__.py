@@ -10,8 +10,8 @@ A layer of two inputs, `cross_attention` say, gives the gradients of both: ``dpa
 A batch is packed: its tokens lie end to end in x (T, width), and ``cu_seqlens`` (N + 1,) says where
 each of the N sequences begins and ends. No layer ever sees padding.
 
-To add a layer, add one file that defines the function of the file's name and an ``example``: the
-tests find it and check its gradients.
+To add a layer, add one file that defines the function of the file's name, import it here, and list
+its options in ``tests/layer_cases.py``: tests fail until they are there, then check its gradients.
 """
 
 from fusedattn.nn._frozen import Frozen, freezing, learns

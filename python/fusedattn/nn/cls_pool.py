@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, Array, Params
 
 
 def cls_pool(params: Params, x: Array, cu_seqlens: Array) -> tuple[Array, VJP]:
@@ -35,8 +35,3 @@ def cls_pool(params: Params, x: Array, cu_seqlens: Array) -> tuple[Array, VJP]:
         return {}, dx
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return {}, (rng.standard_normal((6, 3)), np.array([0, 4, 4, 5, 6])), {}

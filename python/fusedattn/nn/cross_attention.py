@@ -94,11 +94,3 @@ def cross_attention(
         return {"q": dquery, "kv": dmemory_params, "out": dout}, dx, dmemory
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    params = init_cross_attention(rng, 6, memory_width=4, std=0.5)
-    options = {"num_heads": 2, "p": 0.2 * int(rng.integers(2)), "rng": rng}
-    x, memory = rng.standard_normal((5, 6)), rng.standard_normal((8, 4))
-    return params, (x, memory, np.array([0, 3, 3, 5]), np.array([0, 2, 4, 8])), options

@@ -39,8 +39,3 @@ def dropout(
         return x if added is None else x + added, lambda dy: ({}, dy)
     seed = draw_seed(rng)
     return drop(rows_of(x), added, p, seed), lambda dy: ({}, drop(rows_of(dy), None, p, seed))
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return {}, (rng.standard_normal((4, 6)),), {"p": 0.3, "rng": rng}

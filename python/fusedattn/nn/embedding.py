@@ -46,8 +46,3 @@ def embedding(params: Params, ids: Array) -> tuple[Array, VJP]:
         return {"weight": scatter_sum(rows_of(dy), ids, len(weight))}, nothing
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return init_embedding(rng, 5, 3, std=1.0), (np.array([4, 0, 4, 1, 4, 0]),), {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fusedattn.nn._shapes import draw
 from fusedattn.nn._types import VJP, Array, Params, ResidualVJP, Rng, Shapes
 from fusedattn.nn.dropout import dropout
@@ -133,11 +131,3 @@ def _gradients(attention: Params, norm1: Params, inner: Params, norm2: Params) -
         "feed_forward": inner,
         "feed_forward_norm": norm2,
     }
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    x = rng.standard_normal((5, 4))
-    options = {"num_heads": 2, "norm_first": bool(rng.integers(2)), "rng": rng}
-    options |= {"p": 0.2 * int(rng.integers(2)), "attention_p": 0.2}
-    return init_encoder_block(rng, 4, 6, std=0.5), (x, np.array([0, 2, 5])), options

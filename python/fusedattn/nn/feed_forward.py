@@ -73,8 +73,3 @@ def feed_forward(
         return {"up": dup, "down": ddown}, product(dh, up["weight"], added=added)
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return init_feed_forward(rng, 4, 6, std=0.5), (rng.standard_normal((5, 4)),), {}

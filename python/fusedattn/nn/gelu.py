@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusedattn.nn._core_ops import activate
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, Array, Params
 
 
 def gelu(params: Params, x: Array) -> tuple[Array, VJP]:
@@ -23,8 +23,3 @@ def gelu(params: Params, x: Array) -> tuple[Array, VJP]:
     """
     y, slope = activate(x, "gelu")
     return y, lambda dy: ({}, dy * slope)
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return {}, (2.0 * rng.standard_normal((4, 6)),), {}

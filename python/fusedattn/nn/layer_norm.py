@@ -7,7 +7,7 @@ import numpy as np
 from fusedattn import _core
 from fusedattn.nn._core_ops import empty, rows_of
 from fusedattn.nn._frozen import learns
-from fusedattn.nn._types import VJP, Array, Params, Rng, Shapes
+from fusedattn.nn._types import VJP, Array, Params, Shapes
 
 
 def layer_norm_shapes(width: int) -> Shapes:
@@ -49,9 +49,3 @@ def layer_norm(params: Params, x: Array, eps: float = 1e-12) -> tuple[Array, VJP
         return {"weight": dweight, "bias": dbias} if learns(params) else {}, dx
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    params = {"weight": rng.standard_normal(6), "bias": rng.standard_normal(6)}
-    return params, (rng.standard_normal((4, 6)),), {"eps": 1e-5}

@@ -53,8 +53,3 @@ def weight_gradients(params: Params, dy: Array, x: Array) -> Params:
         return {}
     dbias = np.empty(dy.shape[1], dy.dtype)
     return {"weight": product(dy.T, x, row_sums=dbias), "bias": dbias}
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return init_linear(rng, 3, 5, std=1.0), (rng.standard_normal((4, 3)),), {}

@@ -95,10 +95,3 @@ def masked_lm_head(
         return dparams, dx, dweight
 
     return logits, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    params = init_masked_lm_head(rng, 4, 7, std=1.0)
-    args = (rng.standard_normal((5, 4)), rng.standard_normal((7, 4)), np.array([3, 0, 4]))
-    return params, args, {"eps": 1e-5}

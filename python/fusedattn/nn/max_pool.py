@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedattn.nn._types import VJP, Array, Params, Rng
+from fusedattn.nn._types import VJP, Array, Params
 
 
 def max_pool(params: Params, x: Array, cu_seqlens: Array) -> tuple[Array, VJP]:
@@ -42,8 +42,3 @@ def max_pool(params: Params, x: Array, cu_seqlens: Array) -> tuple[Array, VJP]:
         return {}, dx
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    return {}, (rng.standard_normal((6, 3)), np.array([0, 4, 4, 5, 6])), {}

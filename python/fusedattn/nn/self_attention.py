@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fusedattn import attention_varlen, attention_varlen_backward
 from fusedattn.nn._core_ops import draw_seed, empty
 from fusedattn.nn._shapes import draw
@@ -93,11 +91,3 @@ def dropout_rules(p: float, rng: Rng | None) -> dict[str, Any]:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: expected a probability in [0, 1), got {p}")
     return {} if rng is None or p == 0.0 else {"dropout_p": p, "seed": draw_seed(rng)}
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    params = init_self_attention(rng, 6, std=0.5)
-    options = {"num_heads": 2, "p": 0.2 * int(rng.integers(2)), "rng": rng}
-    options["is_causal"] = bool(rng.integers(2))
-    return params, (rng.standard_normal((7, 6)), np.array([0, 3, 3, 7])), options

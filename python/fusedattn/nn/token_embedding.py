@@ -83,10 +83,3 @@ def token_embedding(
         return grads | {"norm": dnorm}, np.empty((0,), dx.dtype)
 
     return y, vjp
-
-
-def example(rng: Rng) -> tuple[Params, tuple[Array, ...], dict[str, object]]:
-    """Parameters and arguments of one small call, for the gradient check."""
-    params = init_token_embedding(rng, 5, 5, int(rng.integers(3)), 3, std=1.0)
-    options = {"first_position": 2, "eps": 1e-5, "p": 0.2, "rng": rng}
-    return params, (np.array([4, 0, 4, 1, 4]), np.array([0, 2, 2, 5])), options
