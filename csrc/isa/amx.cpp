@@ -1,3 +1,4 @@
+// AMX: attention of float32 and 16-bit types and float32's products on tiles. float64 is avx512's.
 #include "kernel/amx/tables.h"
 
 namespace fusedattn {

@@ -1,3 +1,4 @@
+// AVX2 with fused multiply-adds and conversions of float16: vectors of 32 bytes.
 #include "kernel/tables.h"
 
 namespace fusedattn {

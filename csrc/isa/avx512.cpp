@@ -1,3 +1,4 @@
+// AVX-512 (F, DQ, BW, VL): vectors of 64 bytes, twice as many registers.
 #include "kernel/tables.h"
 
 namespace fusedattn {

@@ -1,3 +1,4 @@
+// AVX-512 that multiplies bfloat16 in pairs: attention of bfloat16. All else is avx512's.
 #include "kernel/tables.h"
 
 namespace fusedattn {

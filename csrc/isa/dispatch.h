@@ -1,9 +1,10 @@
 // Which instruction set: the best that this CPU runs, or the one that was asked for.
 //
-// Lists exactly the sets that CMakeLists.txt built, one line for each in dispatch.cpp. Computes
-// nothing and knows no kernel but by its table. Asked by the work division for each call, and by
-// the bindings before they release the GIL, so that a wrong FUSEDATTN_ISA is an error and no
-// surprise.
+// Lists exactly the sets that CMakeLists.txt built, one line for each in dispatch.cpp. Beside it
+// stands one file for each, which is the whole kernel compiled with the set's flags and exports a
+// table of functions. Computes nothing and knows no kernel but by its table. Asked by the work
+// division for each call, and by the bindings before they release the GIL, so that a wrong
+// FUSEDATTN_ISA is an error and no surprise.
 #pragma once
 
 #include <string>

@@ -1,3 +1,4 @@
+// 64-bit Arm: vectors of 16 bytes, fused multiply-adds.
 #include "kernel/tables.h"
 
 namespace fusedattn {
