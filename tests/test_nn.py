@@ -62,7 +62,7 @@ def test_every_layer_has_rows():
 
 @every_layer
 def test_every_option_of_a_layer_takes_two_values(layer):
-    """`rng` comes with `p`, `added` has a test of its own."""
+    """`rng` comes with `p`; `added` and, in test_frozen, `learn_weight` have tests of their own."""
     taken = {}
     for case in cases_of(layer):
         given = case.options | case.call().named
@@ -70,7 +70,7 @@ def test_every_option_of_a_layer_takes_two_values(layer):
             if parameter.default is not parameter.empty or name in ("p", "num_heads"):
                 taken.setdefault(name, set()).add(str(given.get(name, parameter.default)))
     few = {name for name, values in taken.items() if len(values) < 2}
-    assert few <= {"rng", "added"}
+    assert few <= {"rng", "added", "learn_weight"}
 
 
 @every_case
