@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
-ASAN_VENV := build/asan/venv
+ASAN_SITE := $(abspath build/asan/site)
+# What reaches every kernel and every place of the bindings, on every instruction set.
+ASAN_TESTS := $(addprefix tests/test_,$(addsuffix .py,rules errors intervals varlen kvcache few_queries \
+	layer_kernels nan_contract halves sizes threads into determinism empty extremes))
 
 .PHONY: setup rebuild test test-isa format lint typecheck check bench neighbour \
-	test-cpp test-asan test-neon tidy clean
+	test-cpp test-asan test-tsan test-clang test-neon tidy clean
 
 setup: ## the environment, the build tools and an editable install that rebuilds on import
 	test -x $(BIN)/python || python3 -m venv $(VENV)
@@ -54,12 +57,22 @@ test-cpp: ## the kernel tables without Python
 	cmake --build --preset debug
 	ctest --preset debug
 
-test-asan: ## the suite under AddressSanitizer, in an environment of its own
-	test -x $(ASAN_VENV)/bin/python || python3 -m venv $(ASAN_VENV)
-	$(ASAN_VENV)/bin/pip install ".[test]" -Ccmake.args=--preset=asan \
-		-Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" \
-		$(ASAN_VENV)/bin/python -m pytest -p no:cacheprovider
+test-asan: ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	pip install --no-deps --upgrade --target $(ASAN_SITE) . -Ccmake.args=--preset=asan \
+		-Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false -Cbuild-dir=build/asan/cmake
+	PYTHONPATH=$(ASAN_SITE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)" \
+		python -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
+
+test-tsan: ## the pool, the turns of backward and the layers under ThreadSanitizer
+	cmake --preset tsan
+	cmake --build --preset tsan
+	ctest --preset tsan
+
+test-clang: ## the kernel and its tests with clang, warnings as errors
+	cmake --preset clang
+	cmake --build --preset clang
+	ctest --preset clang
 
 test-neon: ## the kernel tables on 64-bit Arm, emulated
 	cmake --preset aarch64

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-from tests.accuracy import Problem, compute_type
+from tests.yardstick import Problem, compute_type
 
 # Around the widths of vectors and tiles.
 LENGTHS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 127, 128, 129, 130, 197, 331)

@@ -10,7 +10,7 @@ import pytest
 
 import fusedattn
 from tests.bits import attention, layers
-from tests.bits.__main__ import digest, main
+from tests.bits.__main__ import FUSED, digest, main
 from tests.bits.draw import DTYPES, MEMORY, Draw, in_memory
 from tests.bits.rules import RULES, Call
 
@@ -72,3 +72,10 @@ def test_a_changed_bit_is_found(tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", str(path), *some]) == 1
     assert "rules/float32: dq 1 of 9" in capsys.readouterr().out
+
+
+def test_instruction_sets_with_multiply_add_agree():
+    """Promise 4 across CPUs, for a seventh of the calls; NEON has tests/cpp/bits.txt."""
+    if len([isa for isa in fusedattn.cpu_info()["isas"] if isa in FUSED]) < 2:
+        pytest.skip("needs a CPU with two instruction sets that fuse multiplication and addition")
+    assert main(["across", "--every", "7"]) == 0

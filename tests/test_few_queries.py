@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import fusedattn
-from tests.accuracy import Problem, assert_accurate, assert_same, fused, oracle
+from tests.accuracy import assert_accurate, assert_same, fused, oracle
 from tests.strategies import DTYPES, HALVES, MEMORY, in_memory, make
+from tests.yardstick import Problem
 
 # Query heads for a key head, queries; 9 (on tiles 17) in all is one too many for this kernel.
 FEW = [(1, n) for n in range(1, 10)] + [(n, 1) for n in range(2, 10)]

@@ -8,17 +8,9 @@ import pytest
 from ml_dtypes import finfo
 
 import fusedattn
-from tests.accuracy import (
-    FLOOR,
-    Problem,
-    assert_accurate,
-    error,
-    fused,
-    in_pairs,
-    oracle,
-    rounding,
-)
+from tests.accuracy import FLOOR, assert_accurate, error, fused, in_pairs, oracle
 from tests.strategies import HALVES, in_memory, make
+from tests.yardstick import Problem, rounding
 
 EVERY = np.arange(2**16, dtype=np.uint16)
 

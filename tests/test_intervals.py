@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import fusedattn
-from tests.accuracy import Problem, assert_accurate, fused
+from tests.accuracy import assert_accurate, fused
 from tests.strategies import DTYPES
+from tests.yardstick import Problem
 
 RULES = [
     {"window": (0, 0)},

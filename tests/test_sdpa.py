@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import fusedattn
-from tests.accuracy import error, fused, oracle, rounding
+from tests.accuracy import error, fused, oracle
 from tests.strategies import make
+from tests.yardstick import rounding
 
 
 def arrays(hkv=4, dtype=np.float32, lead=(2,)):

@@ -73,7 +73,7 @@ def once(compute: Callable[..., Answer]) -> Callable[..., Answer]:
 
 
 def turned(x: np.ndarray) -> np.ndarray:
-    return x.swapaxes(-1, -2)
+    return np.swapaxes(x, -1, -2)
 
 
 def summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-// Plain structs that travel from the work division (layers.cpp) to the kernels of the encoder's
+// Plain structs that travel from the work division (layers/run.cpp) to the kernels of the encoder's
 // layers (kernel/layers/). Strides are in bytes; the elements of a row
 // lie next to each other unless said otherwise.
 #pragma once

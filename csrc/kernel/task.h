@@ -1,4 +1,4 @@
-// Plain structs that travel from the work division (attention.cpp) to the kernels (kernel/).
+// Plain structs that travel from the work division (attention/) to the kernels (kernel/).
 // No member functions that could be inlined for one instruction set and linked for another.
 #pragma once
 

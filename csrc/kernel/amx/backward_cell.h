@@ -22,7 +22,7 @@ FA_INLINE Vec<float> statistic(float x) {
 // softcap, or a bias or ALiBi, is the only one; any of them, dropout, or there is an uncut number.
 enum class Kind { all, some, bent, added, ruled };
 FA_INLINE Kind kind_of(const Rules& rules) {
-  const bool bent = rules.softcap > 0, added = rules.bias.data || rules.alibi_slope != 0;
+  const bool bent = rules.softcap > 0, added = rules.bias.data || adds_by_position(rules);
   if (rules.dropout.threshold || (bent && added)) return Kind::ruled;
   return bent ? Kind::bent : added ? Kind::added : Kind::some;
 }

@@ -151,7 +151,7 @@ template <class E> struct TiledForward {
     q += PIECES<E> * operand.piece;
     x.q = reinterpret_cast<T*>(operand.data);
     x.uncut = cut_matrix<E, true, false>(h.q, x.first, x.count, h.d, operand, factor.in_q);
-    x.risen = h.rules.alibi_slope != 0;
+    x.risen = adds_by_position(h.rules);
     x.finished = false;
     x.single =
         PIPELINED<E> && x.keys.any.high <= x.keys.any.low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;

@@ -1,4 +1,5 @@
-// Scores of the forward pass on tiles and the rules.
+// The first half of a unit of forward on tiles: the products K Q^T, and what rules do to them.
+// forward_values.h is the second half; forward_pipeline.h and forward_whole.h call both.
 #pragma once
 
 #include "kernel/amx/cut.h"

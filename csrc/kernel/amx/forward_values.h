@@ -1,4 +1,4 @@
-// Probabilities of the forward pass on tiles, and the values they weigh.
+// The second half of a unit of forward on tiles: P, cut as it is made, and the products V^T P^T.
 #pragma once
 
 #include "kernel/amx/forward_scores.h"

@@ -11,10 +11,10 @@
 //
 // Keys lie in the lanes: K^T and V^T are packed once for the block, rows of q and dout are
 // broadcast from where they are, and the three gradient products read P and dS by broadcast and
-// land in natural layout. Five products of BK * BQ * d for 2 * BK * d packed elements and 4 * BK *
-// BQ stored and re-read ones. Every element of a gradient is the sum of one chain a block, blocks
-// of queries (dk, dv) or keys (dq) ascending: its bits depend neither on the tiles nor on the
-// number of threads.
+// land in natural layout. Five products of BACK_KEYS * BACK_QUERIES * d for 2 *
+// BACK_KEYS * d packed elements and 4 * BACK_KEYS * BACK_QUERIES stored and re-read ones. Every
+// element of a gradient is the sum of one chain a block, blocks of queries (dk, dv) or keys (dq)
+// ascending: its bits depend neither on the tiles nor on the number of threads.
 #pragma once
 
 #include "kernel/attention/backward_loop.h"

@@ -1,5 +1,7 @@
 // The dense part of the logits for queries in the lanes: a bias is transposed in registers, a mask
-// in words of as many keys as a number has bytes. What it means is written in rules/.
+// in words of as many keys as a number has bytes. It says once more, for queries in the lanes, what
+// dense_rows (rules/logits.h) says for keys in the lanes; ALiBi and bias themselves are there.
+// Called by forward_block.h, dense_scores.h and amx/forward_scores.h.
 #pragma once
 
 #include "kernel/attention/queries.h"
@@ -63,13 +65,11 @@ FA_INLINE void transpose_mask(const Matrix& mask, const index_t (&query)[W<T>], 
   transpose_registers<T>(words);
 }
 
-// Does ALiBi stay a number as far as these queries and keys lie apart?
+// Does what is added by position stay a number as far as these queries and keys lie apart?
 template <class T>
-FA_INLINE bool is_finite_alibi(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1) {
+FA_INLINE bool is_finite_apart(const Rules& rules, const Queries<T>& x, index_t k0, index_t k1) {
   const index_t position = x.first + rules.q_offset;
-  const double apart = double(max_index(position + x.count - k0, k1 - position)),
-               slope = rules.alibi_slope < 0 ? -rules.alibi_slope : rules.alibi_slope;
-  return slope * LOG2E * apart < double(-Bits<T>::lowest) / 2;
+  return is_finite_by_position<T>(rules, max_index(position + x.count - k0, k1 - position));
 }
 
 // Calls use(r, c, t, finite) with the dense part t of keys k0 + c to k0 + c + W and queries r to
@@ -87,11 +87,12 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
   const int32_t* segments = BIAS_ALONE ? nullptr : rules.segments.q_number;
   if constexpr (BIAS_ALONE) ragged = use_mask = false;
   const bool biased = BIAS_ALONE || bias.data, native = BIAS_ALONE || is_native_bias<E>(bias),
-             slanted = !BIAS_ALONE && rules.alibi_slope != 0,
+             slanted = !BIAS_ALONE && adds_by_position(rules),
              all_seen = !ragged && !use_mask && !segments,
-             tame = !slanted || is_finite_alibi(rules, x, k0, k1);
+             tame = !slanted || is_finite_apart(rules, x, k0, k1);
   const index_t then = k0 < KEY_BLOCK ? lanes * bias.row : 0;
-  const Vec<T> minus_inf = splat(-Bits<T>::infinity), slope = splat(T(-rules.alibi_slope * LOG2E));
+  const Vec<T> minus_inf = splat(-Bits<T>::infinity);
+  const ByPosition<T> by_position(rules);
   for (index_t r = 0; r < lanes; r += W<T>) {
     index_t query[W<T>];
     dense_queries<T>(x, r, query);
@@ -122,7 +123,7 @@ FA_INLINE void for_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
       if (slanted) {
         FA_UNROLL
         for (int j = 0; j < W<T>; j++) {
-          const Vec<T> y = alibi<T>(slope, first + splat(T(j)), position);
+          const Vec<T> y = by_position.at(first + splat(T(j)), position);
           t[j] = biased ? add_bias<T>(t[j], y) : y;
         }
       } else if (biased && finite) {

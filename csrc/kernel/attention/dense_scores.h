@@ -113,7 +113,7 @@ FA_NOINLINE void make_and_add(const Rules& rules, const Queries<T>& x, bool use_
 template <class E, class Driver = ByMultiplyAdds, class T = Compute<E>>
 FA_INLINE void make_and_add_dense(const Rules& rules, const Queries<T>& x, bool use_mask,
                                   bool ragged, index_t k0, index_t k1, T* p, T* max_io) {
-  const bool others = ragged || rules.alibi_slope != 0 || rules.segments.q_number;
+  const bool others = ragged || adds_by_position(rules) || rules.segments.q_number;
   if (!others && !rules.bias.data) return apply_mask<E, Driver>(rules, x, k0, k1, p, max_io);
   if (!others && !use_mask && (k1 - k0) % W<T> == 0 && is_native_bias<E>(rules.bias))
     return make_and_add<E, Driver, true>(rules, x, use_mask, ragged, k0, k1, p, max_io);

@@ -1,4 +1,5 @@
-// What the sums of forward become: outputs and log-sum-exps.
+// What the sums of forward become: outputs and log-sum-exps. Called once for each sub-block or row,
+// on multiply-adds and on tiles.
 #pragma once
 
 #include "kernel/attention/queries.h"

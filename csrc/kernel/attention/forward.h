@@ -1,4 +1,4 @@
-// Forward: out = softmax(scale * q k^T + ...) v for a range of queries of one head, tile by tile,
+// Forward: out = softmax(scale * q k^T + ...) v for a range of queries of one head, block by block,
 // with the online softmax of Milakov and Gimelshein (2018) as FlashAttention (Dao et al., 2022)
 // uses it. No score matrix.
 //

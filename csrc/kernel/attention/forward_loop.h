@@ -9,9 +9,9 @@ namespace fusedattn {
 namespace {
 
 // An engine has
-//   widest, trims              vectors of queries in a sub-block at most; may keys that a mask
-//   hides
-//                              from everybody be left out at the ends of a block?
+//   widest                     vectors of queries in a sub-block at most
+//   trims                      may keys that a mask hides from everybody be left out at the ends of
+//                              a block?
 //   subs                       room for the sub-blocks, of a type derived from Queries
 //   begin(x)                   the queries of sub-block x are known: their operands and sums
 //   plan(count, any)           so many sub-blocks, which see keys of `any`

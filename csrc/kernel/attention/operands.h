@@ -1,4 +1,5 @@
-// Rows of keys and values as operands of the products, where they lie or copied.
+// Rows of keys and values as operands of the products, where they lie or copied. Called by forward,
+// few and backward on multiply-adds.
 #pragma once
 
 #include "kernel/vector/pairs.h"

@@ -1,4 +1,5 @@
 // Keys and values that lie in pages, gathered into scratch as operands of products.
+// Forward and few alone call it: backward takes no pages.
 #pragma once
 
 #include "kernel/vector/pairs.h"

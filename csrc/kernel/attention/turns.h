@@ -1,4 +1,6 @@
 // Taking turns where several tasks add to the same gradient: in a fixed order, whoever computes.
+// Waits and passes on; whose turn it is, the work division decides (attention/backward_plan.h).
+// Called by backward_loop.h.
 #pragma once
 
 #include "kernel/vector/vec.h"

@@ -10,14 +10,18 @@
 namespace fusedattn {
 namespace {
 
+// What the positions of query and key alone add: ALiBi.
+FA_INLINE bool adds_by_position(const Rules& rules) {
+  return rules.alibi_slope != 0;
+}
 // Is there something to add to the logits, or to be told pair by pair?
 FA_INLINE bool has_dense(const Rules& rules, bool use_mask) {
-  return use_mask || rules.bias.data || rules.alibi_slope != 0 || rules.segments.q_number;
+  return use_mask || rules.bias.data || adds_by_position(rules) || rules.segments.q_number;
 }
 // The dense part is the same for every query (a padding mask, a bias over keys).
 FA_INLINE bool dense_is_per_key(const Rules& rules, bool use_mask) {
   return (!rules.bias.data || rules.bias.row == 0) && (!use_mask || rules.mask.row == 0) &&
-         rules.alibi_slope == 0 && !rules.segments.q_number;
+         !adds_by_position(rules) && !rules.segments.q_number;
 }
 
 // Logits come out in log2 units, or ready for tanh: queries are multiplied by `before` on their way
@@ -74,9 +78,20 @@ template <class T> FA_INLINE bool are_finite_biases(const Vec<T> (&bias)[W<T>]) 
   for (int i = 1; i < chains; i++) least[0] = min_or_second<T>(least[i], least[0]);
   return !any_lane<T>(least[0] < splat(Bits<T>::lowest / 4));
 }
-template <class T> FA_INLINE Vec<T> alibi(Vec<T> slope, Vec<T> key, Vec<T> position) {
-  const Vec<T> ahead = key - position;
-  return slope * (ahead < Vec<T>{} ? -ahead : ahead);
+template <class T> struct ByPosition {
+  const Vec<T> slope;
+
+  FA_INLINE_MEMBER explicit ByPosition(const Rules& rules)
+      : slope(splat(T(-rules.alibi_slope * LOG2E))) {}
+  FA_INLINE_MEMBER Vec<T> at(Vec<T> key, Vec<T> position) const {
+    const Vec<T> ahead = key - position;
+    return slope * (ahead < Vec<T>{} ? -ahead : ahead);
+  }
+};
+// Does it stay a number for keys that are at most so far from a query?
+template <class T> FA_INLINE bool is_finite_by_position(const Rules& rules, index_t apart) {
+  const double slope = rules.alibi_slope < 0 ? -rules.alibi_slope : rules.alibi_slope;
+  return slope * LOG2E * double(apart) < double(-Bits<T>::lowest) / 2;
 }
 
 // W elements of a row of the bias, n of which exist. FETCH: also those of the keys that come next:
@@ -98,21 +113,21 @@ template <class E> struct AddedToKeys {
   using T = Compute<E>;
   const Rules& rules;
   const bool slanted, biased, native;
-  const Vec<T> slope;
+  const ByPosition<T> position;
 
   // Which of them are looked for may be known at compile time.
   FA_INLINE_MEMBER explicit AddedToKeys(const Rules& r, bool may_slant = true, bool may_bias = true)
       : rules(r),
-        slanted(may_slant && r.alibi_slope != 0),
+        slanted(may_slant && adds_by_position(r)),
         biased(may_bias && r.bias.data),
         native(is_native_bias<E>(r.bias)),
-        slope(splat(T(-r.alibi_slope * LOG2E))) {}
+        position(r) {}
   // Of query q and the keys k0 + k to k0 + k + W, n of which exist. `bias`: as it is in the array.
   template <bool FETCH>
   FA_INLINE_MEMBER Vec<T> at(index_t q, index_t k0, index_t k, index_t n, Vec<T>& bias) const {
     Vec<T> x{};
     if (slanted)
-      x = alibi<T>(slope, splat(T(k)) + lane_numbers<T>(), splat(T(q + rules.q_offset - k0)));
+      x = position.at(splat(T(k)) + lane_numbers<T>(), splat(T(q + rules.q_offset - k0)));
     if (biased) {
       const char* p = rules.bias.data + q * rules.bias.row + (k0 + k) * rules.bias.col;
       bias = load_bias<E, FETCH>(p, rules.bias.col, native, n);

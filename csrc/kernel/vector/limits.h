@@ -1,4 +1,5 @@
 // What the machine can do at most, measured with the same instructions as the kernels use.
+// No kernel uses it: attention/limits.cpp calls it through the table.
 #pragma once
 
 #include "kernel/vector/pairs.h"

@@ -12,7 +12,8 @@ namespace {
 //
 // A register of 16 numbers holds half of a coefficient's table, so that AVX-512 takes 17 operations
 // for 16 numbers. Narrower sets, which give the same bits, fetch each lane's six coefficients and
-// transpose them.
+// transpose them; with AVX2 a register holds the first quarter of a table, which is enough where no
+// lane is beyond 2.1, as few logits are beyond twice their softcap.
 struct TanhTable {
   static constexpr int intervals = 32, degree = 5;
   static constexpr double step = 9.0 / 32;
@@ -76,14 +77,33 @@ FA_INLINE void look_up(TanhCoefficients& c, Vec<float> interval) {
   }
 }
 #else
+inline constexpr int NEAR = 8;  // intervals
+constexpr auto make_near_table() {
+  struct {
+    alignas(32) float c[TanhTable::degree + 1][NEAR];
+  } t{};
+  for (int k = 0; k <= TanhTable::degree; k++)
+    for (int i = 0; i < NEAR; i++) t.c[k][i] = TANH_TABLE.c[i][k];
+  return t;
+}
+inline constexpr auto NEAR_TABLE = make_near_table();
+
 typedef float Four __attribute__((vector_size(16)));
 template <int... I> FA_INLINE Vec<float> joined(Four a, Four b, Seq<I...>) {
   return __builtin_shufflevector(a, b, I...);
 }
 FA_INLINE void look_up(TanhCoefficients& c, Vec<float> interval) {
   using Lanes = typename MakeSeq<VecOf<float>::width>::type;
-  // Offsets in bytes leave their register two at a time.
   const IntVec<float> row = (IntVec<float>)interval & (TanhTable::intervals - 1);
+#if FUSEDATTN_VECTOR_BYTES == 32
+  if (!any_lane<float>(row & -NEAR)) {
+    FA_UNROLL
+    for (int k = 0; k <= TanhTable::degree; k++)
+      c[k] = (Vec<float>)_mm256_permutevar8x32_ps((__m256)load(NEAR_TABLE.c[k]), (__m256i)row);
+    return;
+  }
+#endif
+  // Offsets in bytes leave their register two at a time.
   const Wide offsets = (Wide)(row * int32_t(sizeof(TANH_TABLE.c[0])));
   const char* table = reinterpret_cast<const char*>(&TANH_TABLE);
   FA_UNROLL

@@ -302,6 +302,8 @@ template <class T> FA_INLINE T sum_lanes(Vec<T> v) {
 template <class T> FA_INLINE bool any_lane(IntVec<T> mask) {
 #if FUSEDATTN_VECTOR_BYTES == 64
   return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif FUSEDATTN_VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
   const Wide wide = (Wide)mask;
   uint64_t any = 0;

@@ -26,7 +26,9 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_backward",
     "attention_vjp",
+    "backward",
     "dropout_mask",
+    "forward",
     "logits",
 ]
 
