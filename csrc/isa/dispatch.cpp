@@ -4,9 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace fusedattn {
@@ -17,9 +20,19 @@ extern const KernelTable table_baseline, table_avx2, table_avx512, table_avx512b
 namespace {
 
 #if defined(__x86_64__)
+// Bits that not every compiler's __builtin_cpu_supports knows by name. Whether the system saves the
+// registers is asked with those it does know.
+[[maybe_unused]] bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+[[maybe_unused]] bool has_amx_bf16() {
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE);
+}
 [[maybe_unused]] bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 [[maybe_unused]] bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -32,8 +45,7 @@ namespace {
 [[maybe_unused]] bool runs_amx() {
 #if defined(__linux__)
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  static const bool allowed = runs_avx512() && __builtin_cpu_supports("amx-tile") &&
-                              __builtin_cpu_supports("amx-bf16") &&
+  static const bool allowed = runs_avx512() && has_amx_bf16() &&
                               syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
   return allowed;
 #else
