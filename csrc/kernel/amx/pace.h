@@ -20,7 +20,6 @@ FA_NOINLINE void fetch_lines(Fetcher& f) {
 
 // What products call, telling how many of them it runs beside: fetches.
 struct Fetch {
-  static constexpr bool often = false;
   Fetcher& f;
   FA_INLINE_MEMBER void operator()(int products) {
     f.due += products * f.rate;
@@ -54,7 +53,6 @@ FA_NOINLINE void finish_steps(Paced& steps, bool long_ones) {
 }
 // What products call, telling how many of them it runs beside: fetches, and takes steps.
 struct FetchAndStep {
-  static constexpr bool often = false;
   Fetcher& fetcher;
   Paced& steps;
   FA_INLINE_MEMBER void operator()(int products) {

@@ -187,19 +187,17 @@ FA_NOINLINE void finish_next(BandSums& s) {
 FA_NOINLINE void finish_rows(BandSums& s) {
   while (s.row < s.rows) finish_next(s);
 }
-// Beside the products of a band a row of the sums before becomes one of C at each call, as long as
-// there is one: 32 of them do not fill the products.
+// Beside the products of a band two rows of the sums before become rows of C at each call, as long
+// as there are any: in even steps (Paced) they took 7 % longer on an Emerald Rapids.
 struct FinishRows {
-  static constexpr bool often = true;
   Fetcher& fetcher;
   BandSums& last;
   FA_INLINE_MEMBER void operator()(int) {
-    if (last.row < last.rows) finish_next(last);
+    for (int i = 0; i < 2 && last.row < last.rows; i++) finish_next(last);
     fetch(fetcher);
   }
 };
-inline constexpr index_t CALLS =
-    2 * piece_order<3, 3>().n;  // of it for DEPTH numbers along the sum
+inline constexpr index_t CALLS = piece_order<3, 3>().n;  // of it for DEPTH numbers along the sum
 
 // Scratch of one task.
 struct TiledProductScratch {

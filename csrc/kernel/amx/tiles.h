@@ -97,19 +97,16 @@ template <int NJ> FA_INLINE void load_words_tiles(const char* b, index_t row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(b), "r"(row) : "memory");
   if (NJ == 2) asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(b + 64), "r"(row) : "memory");
 }
-// Each product takes 16 cycles. work(how many) is called to run beside them: once for all four, or
-// where that is little work, `often`, once for each row of tiles.
+// Each product takes 16 cycles; work(how many) is called once for up to four, to run beside them.
 struct Nothing {
-  static constexpr bool often = false;
   FA_INLINE_MEMBER void operator()(int) {}
 };
 template <int MI, int NJ, class Work = Nothing> FA_INLINE void multiply_tiles(Work work = {}) {
   asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
   if (NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-  work(Work::often ? NJ : MI * NJ);
+  work(MI * NJ);
   if (MI == 2) asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
   if (MI == 2 && NJ == 2) asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
-  if (Work::often) work(MI == 2 ? NJ : 0);
 }
 template <int MI, int NJ> FA_INLINE void clear_tiles() {
   asm volatile("tilezero %tmm0");
