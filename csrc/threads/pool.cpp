@@ -45,17 +45,18 @@ void pause_cpu() {
 #endif
 }
 
-// How a thread computes, until the end of the scope. Kernels take subnormal numbers, those below
-// the smallest normal one, for 0, as results and as operands: an Intel core spends over a hundred
-// cycles on each, and probabilities (ALiBi's of far keys) and gradients have many. Arm has no such
-// cost and one switch for results and operands; it is on for the sake of the same bits. (They
-// remain apart where a result rounds up to the smallest normal number from less than a quarter of a
-// unit below it: x86 rounds first and keeps it, Arm flushes it.) Setting the mode, whatever it was,
-// also keeps the bits from depending on what the caller or PyTorch left there.
+// How a thread computes, until the end of the scope. Kernels take results below the smallest normal
+// number for 0: an Intel core spends over a hundred cycles on each, and probabilities (ALiBi's of
+// far keys) and gradients have many. Operands keep what they are. Arm has no such cost and one
+// switch for results and operands; it is on for the sake of the same bits, which remain apart for
+// operands that are subnormal and where a result rounds up to the smallest normal number from less
+// than a quarter of a unit below it: x86 rounds first and keeps it, Arm flushes it. Setting the
+// mode, whatever it was, also keeps the bits from depending on what the caller or PyTorch left
+// there.
 class ArithmeticMode {
  public:
 #if defined(__x86_64__)
-  enum Mode : unsigned { unchanged = 0, ieee = 0x1f80, kernels = ieee | 0x8040 };
+  enum Mode : unsigned { unchanged = 0, ieee = 0x1f80, kernels = ieee | 0x8000 };
   explicit ArithmeticMode(Mode mode) : before_(_mm_getcsr()) {
     if (mode != unchanged) _mm_setcsr(mode);
   }

@@ -54,7 +54,7 @@ FA_INLINE void transpose_mask(const Matrix& mask, const index_t (&query)[W<T>], 
     const char* p = mask.data + query[i] * mask.row + key * mask.col;
     if (mask.col == 1 && key + FUSEDATTN_VECTOR_BYTES <= end) {
       prefetch_near(p + FUSEDATTN_VECTOR_BYTES);
-      words[i] = load(reinterpret_cast<const T*>(p));
+      __builtin_memcpy(&words[i], p, FUSEDATTN_VECTOR_BYTES);  // at any alignment
     } else {
       alignas(64) char bytes[FUSEDATTN_VECTOR_BYTES] = {};
       for (index_t k = 0; k < min_index(end - key, FUSEDATTN_VECTOR_BYTES); k++)

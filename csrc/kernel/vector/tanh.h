@@ -77,13 +77,13 @@ FA_INLINE void look_up(TanhCoefficients& c, Vec<float> interval) {
   }
 }
 #else
-inline constexpr int NEAR = 8;  // intervals
+inline constexpr int NEAR_INTERVALS = 8;  // intervals
 constexpr auto make_near_table() {
   struct {
-    alignas(32) float c[TanhTable::degree + 1][NEAR];
+    alignas(32) float c[TanhTable::degree + 1][NEAR_INTERVALS];
   } t{};
   for (int k = 0; k <= TanhTable::degree; k++)
-    for (int i = 0; i < NEAR; i++) t.c[k][i] = TANH_TABLE.c[i][k];
+    for (int i = 0; i < NEAR_INTERVALS; i++) t.c[k][i] = TANH_TABLE.c[i][k];
   return t;
 }
 inline constexpr auto NEAR_TABLE = make_near_table();
@@ -96,7 +96,7 @@ FA_INLINE void look_up(TanhCoefficients& c, Vec<float> interval) {
   using Lanes = typename MakeSeq<VecOf<float>::width>::type;
   const IntVec<float> row = (IntVec<float>)interval & (TanhTable::intervals - 1);
 #if FUSEDATTN_VECTOR_BYTES == 32
-  if (!any_lane<float>(row & -NEAR)) {
+  if (!any_lane<float>(row & -NEAR_INTERVALS)) {
     FA_UNROLL
     for (int k = 0; k <= TanhTable::degree; k++)
       c[k] = (Vec<float>)_mm256_permutevar8x32_ps((__m256)load(NEAR_TABLE.c[k]), (__m256i)row);
