@@ -60,9 +60,9 @@ test-cpp: ## the kernel tables without Python
 test-asan: ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	pip install --no-deps --upgrade --target $(ASAN_SITE) . -Ccmake.args=--preset=asan \
 		-Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false -Cbuild-dir=build/asan/cmake
-	PYTHONPATH=$(ASAN_SITE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(ASAN_SITE) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)" \
-		python -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
+		python -m pytest -q -s -p no:cacheprovider $(ASAN_TESTS)
 
 test-tsan: ## the pool, the turns of backward and the layers under ThreadSanitizer
 	cmake --preset tsan
