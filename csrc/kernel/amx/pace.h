@@ -1,8 +1,8 @@
 // Work that is spread over the products of tiles: the unit for tiles multiplies on its own, 16
 // cycles for each product, and the vector units are free meanwhile. There run steps of vector code
-// (rules and exponentials), and there the lines of what comes next are
-// fetched: at 128 queries and keys of 64 numbers half of backward's time went by waiting for DRAM;
-// fetched beside exponentials alone, the same lines would cost forward a tenth of its time.
+// (rules and exponentials), and there the lines of what comes next are fetched: at 128 queries and
+// keys of 64 numbers half of backward's time went by waiting for DRAM; fetched beside exponentials
+// alone, the same lines would cost forward a tenth of its time.
 #pragma once
 
 #include "kernel/amx/tiles.h"

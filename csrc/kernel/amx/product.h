@@ -94,7 +94,7 @@ struct BandPlace {
   index_t j, columns, k0, depth;
   bool first, done;
 };
-// Sums on their way to C, a row for each step.
+// Sums on their way to C, from `row` on.
 struct BandSums {
   const Product* p;
   BandPlace at;
